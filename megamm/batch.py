@@ -1,0 +1,52 @@
+"""What the data side hands to the model side: one sample, and one micro-batch of them.
+
+Shape legend, used in every tensor name of megamm: S sequence, B micro-batch, H width, N heads, G key/value groups,
+D head width, V vocabulary, I images, P patches (visual tokens) per image, Q queries, K placed visual tokens.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+IMAGE = -200
+"""Id that stands for one visual token in expanded ids, and for one whole image in stored ids. Never embedded."""
+
+IGNORE = -100
+"""Label of a position that carries no loss."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One conversation, markers already expanded to one IMAGE id per visual token, already truncated."""
+
+    ids_S: Tensor
+    """int64 [S]; IMAGE where a visual token stands."""
+    labels_S: Tensor
+    """int64 [S]; the id itself where it is a target, IGNORE elsewhere. Not shifted."""
+    pixels_I3HW: Tensor | None
+    """float32 [I, 3, H, W], normalised, in order of the markers; I may be 0. None on ranks that run no vision.embed."""
+    num_images: int
+    """Images whose tokens begin inside the kept part of the sequence (known on ranks without pixels, too)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """One micro-batch, right padded to a common length. Every rank has every field but the pixels."""
+
+    ids_BS: Tensor
+    """int64 [B, S]; IMAGE where a visual token is placed, the pad id behind the end."""
+    targets_BS: Tensor
+    """int64 [B, S]; the id that this position must predict (labels shifted left by one), IGNORE where there is none."""
+    positions_BS: Tensor
+    """int64 [B, S]; position of each token in its own sequence."""
+    pixels_I3HW: Tensor | None
+    """float32 [I, 3, H, W]; at least one picture: a batch without images carries one blank picture that is placed
+    nowhere, so that every parameter runs on every rank. None on ranks that run no vision.embed."""
+    slots_K: Tensor
+    """int64 [K]; index into the flattened [B * S] positions of each placed visual token."""
+    rows_K: Tensor
+    """int64 [K]; index into the flattened [I * P] visual tokens of the row that is written there."""
+    num_images: int
+    """Real images, blank ones not counted."""
+    num_tokens: int
+    """Tokens that are not padding, visual tokens included."""

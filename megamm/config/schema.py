@@ -1,0 +1,139 @@
+"""The configuration of a run, as a recipe writes it. Every field has a unit; a misspelt field is an error.
+
+Plain typed dataclasses only: no torch, no megatron, no defaults that depend on the machine.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+PARTS = ("vision", "projector", "llm")
+"""The parts of a model that can be frozen, or given a learning rate of their own."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    """Which model, and where its weights come from."""
+
+    family: str
+    """Name of the family in megamm/registry.py, such as `llava`."""
+    pretrained: str | None = None
+    """Directory of a megamm checkpoint to start from. None: weights are drawn from `train.seed`."""
+    config: str | None = None
+    """A Hugging Face config.json that gives the sizes, needed where `pretrained` is absent."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Data:
+    """What is read, and how a sample becomes tensors."""
+
+    path: str
+    """Prefix of the PREFIX.bin, PREFIX.idx and PREFIX.json that data_tools/preprocess.py wrote."""
+    eval_path: str | None = None
+    """Prefix of a second dataset for the evaluation loss. None: no evaluation."""
+    max_tokens: int = 2048
+    """Longest sequence in tokens, visual tokens counted; longer samples are cut at the end."""
+    aspect: Literal["pad", "square"] = "pad"
+    """`pad`: paste the picture on a square of the mean colour first. `square`: leave it to resize and crop."""
+    num_workers: int = 2
+    """Processes per rank that read and decode; 0 decodes in the training process."""
+    shuffle: bool = True
+    """Draw a new order from `train.seed` every epoch. False: the stored order."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Parallel:
+    """How the model is cut over ranks. Data parallel size = world size / (tp * pp)."""
+
+    tp: int = 1
+    """Tensor parallel size: ranks that share every layer."""
+    pp: int = 1
+    """Pipeline parallel size: ranks that hold consecutive stages."""
+    layout: str = "auto"
+    """`auto` balances estimated FLOPs; or an explicit cut such as `Vv*24P|Et*16|t*16L` (V vision.embed, v vision
+    layer, P projector, E llm.embed, t llm layer, L llm.head; x*3 repeats x; | next stage)."""
+    sequence_parallel: bool = False
+    """Split the sequence of norms and residuals over the tp ranks of the llm. Needs tp > 1."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Optim:
+    """AdamW, its schedule and clipping."""
+
+    lr: float
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    vision_lr: float | None = None
+    """Peak learning rate of the vision tower; None: `lr`."""
+    projector_lr: float | None = None
+    """Peak learning rate of the projector; None: `lr`."""
+    llm_lr: float | None = None
+    """Peak learning rate of the llm; None: `lr`."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup: float = 0.03
+    """Share of all steps in which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; never applied to biases and norms."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip_norm: float = 1.0
+    """Global gradient norm to clip at; 0 does not clip."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Train:
+    """How long, how much at once, what is trained."""
+
+    global_batch: int
+    """Samples per optimizer step, over all ranks."""
+    micro_batch: int = 1
+    """Samples per forward pass of one data parallel rank."""
+    epochs: float = 1.0
+    """Passes over the data; ignored when `steps` is given."""
+    steps: int | None = None
+    """Optimizer steps; None: what `epochs` amounts to."""
+    freeze: tuple[str, ...] = ()
+    """Parts that are not trained: any of vision, projector, llm."""
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Arithmetic of the layers. fp8 needs a GPU with Transformer Engine and is an error elsewhere."""
+    recompute: Literal["none", "full"] = "none"
+    """`full`: keep only the input of each layer and run its forward again in the backward pass."""
+    seed: int = 42
+    """Seed of weight draws and of the data order."""
+    eval_every_steps: int = 0
+    """Steps between evaluations of `data.eval_path`; 0: only after the last step."""
+    eval_samples: int = 256
+    """Samples per evaluation; the whole set when it is smaller."""
+    backend: Literal["auto", "cpu", "gpu"] = "auto"
+    """`auto` takes the GPU when there is one."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Checkpoint:
+    """Where a run keeps its state."""
+
+    dir: str
+    """Directory of the run: checkpoints under step_XXXXXXXX/, log.jsonl, TensorBoard events, config.json."""
+    every_steps: int = 0
+    """Steps between checkpoints; 0: only after the last step."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; 0 keeps all."""
+    resume: bool = True
+    """Continue from the newest checkpoint in `dir` when there is one, at whatever layout this run has."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """One run. A recipe's `config()` returns it; the command line may override any field."""
+
+    model: Model
+    data: Data
+    optim: Optim
+    train: Train
+    checkpoint: Checkpoint
+    parallel: Parallel = field(default_factory=Parallel)

@@ -1,0 +1,259 @@
+"""The dataset on disk: PREFIX.bin and PREFIX.idx in megatron-core's multimodal indexed format, and PREFIX.json.
+
+Everything in .bin is int32. A document is one sequence of mode TEXT (ids, one IMAGE per picture), one of mode PICTURE
+per picture (the number of padding bytes, then the compressed file padded to whole words) and one of mode SPANS (first
+and last + 1 of each target span over the ids). Stock `IndexedDataset(prefix, multimodal=True)` reads it. This reader is
+our own: it opens without importing megatron, checks what it opens, and copies what it hands out (megatron's arrays are
+views of a map that may be gone: megatron_core_0_16.md section 4, trap 6). What the ids mean is no matter of this file.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from megamm.batch import IMAGE
+from megamm.errors import DataError
+
+FORMAT_VERSION = 1
+"""Of PREFIX.json and of the three modes. A reader refuses any other."""
+
+TEXT, PICTURE, SPANS = 0, 1, 2
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+_VERSION, _INT32 = 1, 4
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}); make room, or choose another --output") from error
+
+
+def _paths(prefix: str | Path) -> tuple[Path, Path, Path]:
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
+
+
+class Writer:
+    """Writes a dataset aside and renames it at the end, PREFIX.json last: where that file is, the dataset is whole.
+
+    A context manager; leaving it without `finish` removes what was written.
+    """
+
+    def __init__(self, prefix: str | Path):
+        """Raises DataError where PREFIX.bin.tmp cannot be written."""
+        self._paths = _paths(prefix)
+        self._asides = tuple(path.with_name(path.name + ".tmp") for path in self._paths)
+        self._lengths: list[int] = []
+        self._modes: list[int] = []
+        self._documents: list[int] = [0]
+        self._counts: list[tuple[int, int, int]] = []  # tokens, images, targets of each document
+        with _writing(self._asides[0]):
+            self._paths[0].parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._asides[0].open("wb")
+
+    def add(self, ids: np.ndarray, images: Sequence[bytes], spans: np.ndarray) -> None:
+        """Append one document: int32 ids [T], the compressed picture of each IMAGE in it, int32 target spans [N, 2]."""
+        with _writing(self._asides[0]):
+            self._document(ids, images, spans)
+
+    def finish(self, origin: dict[str, Any]) -> dict[str, Any]:
+        """Write the index and PREFIX.json, put all in place, and return the content of PREFIX.json.
+
+        `origin` says what made the dataset (tokenizer, family, template ...); counts, sizes and statistics are added.
+        """
+        with _writing(self._paths[2]):
+            return self._finish(origin)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(OSError):  # on a full disk closing fails again, and would hide the error that brought us here
+            self._bin.close()
+        for aside in self._asides:
+            aside.unlink(missing_ok=True)
+
+    def _document(self, ids: np.ndarray, images: Sequence[bytes], spans: np.ndarray) -> None:
+        self._sequence(TEXT, np.asarray(ids, dtype="<i4").tobytes())
+        for image in images:
+            pad = -len(image) % 4
+            self._sequence(PICTURE, struct.pack("<i", pad) + image + bytes(pad))
+        self._sequence(SPANS, np.asarray(spans, dtype="<i4").tobytes())
+        self._documents.append(len(self._lengths))
+        self._counts.append((len(ids), len(images), int(np.sum(spans[:, 1] - spans[:, 0]))))
+
+    def _finish(self, origin: dict[str, Any]) -> dict[str, Any]:
+        bin_path, idx_path, json_path = self._paths
+        self._bin.close()
+        lengths = np.asarray(self._lengths, dtype="<i4")
+        sizes = lengths.astype("<i8") * 4
+        with self._asides[1].open("wb") as idx:
+            idx.write(_HEADER.pack(_MAGIC, _VERSION, _INT32, len(lengths), len(self._documents)))
+            idx.write(lengths.tobytes())
+            idx.write((np.cumsum(sizes) - sizes).astype("<i8").tobytes())
+            idx.write(np.asarray(self._documents, dtype="<i8").tobytes())
+            idx.write(np.asarray(self._modes, dtype="i1").tobytes())
+        tokens, images, targets = np.asarray(self._counts, dtype=np.int64).reshape(-1, 3).T
+        info = {
+            "format_version": FORMAT_VERSION,
+            **origin,
+            "documents": len(tokens),
+            "tokens": int(tokens.sum()),
+            "images": int(images.sum()),
+            "targets": int(targets.sum()),
+            "tokens_per_document": _statistics(tokens),
+            "images_per_document": _statistics(images),
+            "bin_bytes": self._asides[0].stat().st_size,
+            "idx_bytes": self._asides[1].stat().st_size,
+        }
+        self._asides[2].write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        json_path.unlink(missing_ok=True)  # between the renames the old .json must not vouch for new data
+        for aside, path in zip(self._asides, (bin_path, idx_path, json_path), strict=True):
+            os.replace(aside, path)
+        return info
+
+    def _sequence(self, mode: int, content: bytes) -> None:
+        self._bin.write(content)
+        self._lengths.append(len(content) // 4)
+        self._modes.append(mode)
+
+
+def _statistics(values: np.ndarray) -> dict[str, float]:
+    """Mean, a few quantiles and the largest: what a planner needs to estimate a step. IMAGE counts as one token."""
+    if not len(values):
+        return {}
+    p50, p90, p99, largest = (int(q) for q in np.quantile(values, (0.5, 0.9, 0.99, 1.0), method="inverted_cdf"))
+    return {"mean": round(float(values.mean()), 3), "p50": p50, "p90": p90, "p99": p99, "max": largest}
+
+
+class Reader:
+    """Documents of a dataset by number, memory-mapped. Checked when opened; survives pickling by opening again."""
+
+    def __init__(self, prefix: str | Path):
+        """Raises DataError where a file is absent, another version, or does not fit the others."""
+        self.prefix = str(prefix)
+        bin_path, idx_path, json_path = _paths(prefix)
+        self.info = _read_info(json_path)
+        """Content of PREFIX.json."""
+        for path, key in ((bin_path, "bin_bytes"), (idx_path, "idx_bytes")):
+            size = path.stat().st_size if path.is_file() else None
+            if size != self.info[key]:
+                raise DataError(f"{path}: has {size} bytes where {json_path} says {self.info[key]}; preprocess again")
+        self._offsets, self._lengths, self._modes, self._documents = _read_index(idx_path, self.info["idx_bytes"])
+        _check_index(self._offsets, self._lengths, self._modes, self._documents, self.info["bin_bytes"], idx_path)
+        if len(self) != self.info["documents"]:
+            raise DataError(f"{idx_path}: {len(self)} documents, {json_path} says {self.info['documents']}")
+        # An empty file cannot be mapped, and a dataset without documents is a legal one.
+        self._bin = np.memmap(bin_path, dtype="<i4", mode="r") if self.info["bin_bytes"] else np.empty(0, dtype="<i4")
+
+    def __reduce__(self) -> tuple[type["Reader"], tuple[str]]:
+        return Reader, (self.prefix,)  # a map would be pickled with its whole content
+
+    def __len__(self) -> int:
+        """Documents."""
+        return len(self._documents) - 1
+
+    @property
+    def num_ids(self) -> np.ndarray:
+        """int64 [documents]: ids of each document, an image counted as one."""
+        return self._lengths[self._documents[:-1]].astype(np.int64)
+
+    @property
+    def num_images(self) -> np.ndarray:
+        """int64 [documents]: images of each document."""
+        return np.diff(self._documents) - 2
+
+    def text(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 [T] and target spans int32 [N, 2] of a document, copied. Raises DataError where they do not fit."""
+        first, last = self._range(document)
+        ids, spans = self._sequence(first), self._sequence(last)
+        if np.count_nonzero(ids == IMAGE) != last - first - 1:
+            raise DataError(f"{self.prefix}: document {document} has other pictures than its ids say; preprocess again")
+        if len(spans) % 2 or np.any(spans[::2] < 0) or np.any(spans[::2] > spans[1::2]) or np.any(spans > len(ids)):
+            raise DataError(f"{self.prefix}: document {document} has target spans outside its ids; preprocess again")
+        return ids, spans.reshape(-1, 2)
+
+    def image(self, document: int, image: int) -> bytes:
+        """Compressed bytes of one picture of a document, as its file had them."""
+        first, last = self._range(document)
+        if not 0 <= image < last - first - 1:
+            raise IndexError(f"document {document} has {last - first - 1} images, not one numbered {image}")
+        words = self._sequence(first + 1 + image)
+        pad = int(words[0]) if len(words) else -1
+        if not 0 <= pad <= 3 or pad > 4 * (len(words) - 1):
+            raise DataError(f"{self.prefix}: document {document} image {image} is damaged; preprocess again")
+        content = words[1:].tobytes()
+        return content[: len(content) - pad]
+
+    def _range(self, document: int) -> tuple[int, int]:
+        """First and last sequence of a document: its text and its spans."""
+        if not 0 <= document < len(self):
+            raise IndexError(f"{self.prefix} has {len(self)} documents, not one numbered {document}")
+        return int(self._documents[document]), int(self._documents[document + 1]) - 1
+
+    def _sequence(self, i: int) -> np.ndarray:
+        start = self._offsets[i] // 4
+        return np.array(self._bin[start : start + self._lengths[i]])
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found; without it a dataset is not whole. Preprocess (again)") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); preprocess again") from error
+    version = info.get("format_version") if isinstance(info, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format version {version!r}, this megamm reads {FORMAT_VERSION}; preprocess again")
+    for key in ("documents", "bin_bytes", "idx_bytes"):
+        if not isinstance(info.get(key), int):
+            raise DataError(f"{path}: `{key}` is {info.get(key)!r}, not a number; preprocess again")
+    return info
+
+
+def _read_index(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    with path.open("rb") as file:
+        header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size:
+            raise DataError(f"{path}: too short for an index; preprocess again")
+        magic, version, dtype, sequences, documents = _HEADER.unpack(header)
+        if (magic, version, dtype) != (_MAGIC, _VERSION, _INT32):
+            raise DataError(f"{path}: not an int32 index of megatron's version {_VERSION}; preprocess again")
+        if size != _HEADER.size + sequences * (4 + 8 + 1) + documents * 8 or documents < 1:
+            raise DataError(f"{path}: its length does not fit its {sequences} sequences; preprocess again")
+        lengths = np.fromfile(file, dtype="<i4", count=sequences)
+        offsets = np.fromfile(file, dtype="<i8", count=sequences)
+        starts = np.fromfile(file, dtype="<i8", count=documents)
+        modes = np.fromfile(file, dtype="i1", count=sequences)
+    return offsets, lengths, modes, starts
+
+
+def _check_index(
+    offsets: np.ndarray, lengths: np.ndarray, modes: np.ndarray, documents: np.ndarray, bin_bytes: int, path: Path
+) -> None:
+    """Raise DataError unless the sequences fill .bin without gap or overlap and every document has its three modes."""
+    ends = np.cumsum(lengths, dtype=np.int64) * 4
+    if len(lengths) and lengths.min() < 0:
+        raise DataError(f"{path}: a negative length; preprocess again")
+    if not np.array_equal(offsets[1:], ends[:-1]) or np.any(offsets[:1]) or (ends[-1] if len(ends) else 0) != bin_bytes:
+        raise DataError(f"{path}: offsets do not fit the .bin file; preprocess again")
+    if documents[0] != 0 or documents[-1] != len(lengths) or np.any(np.diff(documents) < 2):
+        raise DataError(f"{path}: documents do not fit the sequences; preprocess again")
+    expected = np.full(len(modes), PICTURE, dtype=np.int8)
+    expected[documents[:-1]] = TEXT
+    expected[documents[1:] - 1] = SPANS
+    if not np.array_equal(modes, expected):
+        raise DataError(f"{path}: a document is not text, pictures, target spans; preprocess again")

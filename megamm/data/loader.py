@@ -1,0 +1,276 @@
+"""Dataset on disk -> the micro-batches of each step on each data parallel rank, in a seeded order, resumable exactly.
+
+What is drawn depends on the number of samples consumed and the seed alone: never on ranks, micro-batches or workers.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from megamm.batch import IGNORE, IMAGE, Batch, Sample
+from megamm.data.faults import SampleFault
+from megamm.data.image import ImageFormat, decode, to_pixels
+from megamm.data.indexed import Reader
+from megamm.data.text import expand
+from megamm.errors import ConfigError, DataError, MegammError
+
+FILLER = -1
+"""Stands in an order for a sample without tokens, where a rank has nothing left to evaluate."""
+
+
+class Dataset:
+    """Samples of an indexed dataset by number, as one model wants them."""
+
+    def __init__(self, prefix: str | Path, image_format: ImageFormat, max_tokens: int, with_pixels: bool = True):
+        """`with_pixels=False`: for ranks that run no vision.embed; pictures are neither read nor decoded."""
+        self.reader = Reader(prefix)
+        self.image_format = image_format
+        self.max_tokens = max_tokens
+        self.with_pixels = with_pixels
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.reader)
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """int64 [samples]: tokens of each sample after expansion and before the cut to `max_tokens`."""
+        return self.reader.num_ids + self.reader.num_images * (self.image_format.tokens - 1)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample `i`; FILLER is one without tokens. Raises DataError for a picture that cannot be decoded."""
+        if i == FILLER:
+            ids = labels = np.empty(0, dtype=np.int64)
+            num_images = 0
+        else:
+            stored_ids, spans = self.reader.text(i)
+            ids, labels, num_images = expand(stored_ids, spans, self.image_format.tokens, self.max_tokens)
+        return Sample(
+            ids_S=torch.from_numpy(ids),
+            labels_S=torch.from_numpy(labels),
+            pixels_I3HW=self._pixels(i, num_images) if self.with_pixels else None,
+            num_images=num_images,
+        )
+
+    def _pixels(self, i: int, num_images: int) -> torch.Tensor:
+        size = self.image_format.size
+        pixels_I3HW = torch.empty(num_images, 3, size, size)
+        for k in range(num_images):
+            try:
+                pixels_I3HW[k] = to_pixels(decode(self.reader.image(i, k)), self.image_format)
+            except SampleFault as fault:
+                raise DataError(f"{self.reader.prefix}: document {i}, picture {k}: {fault}; preprocess again") from fault
+        return pixels_I3HW
+
+
+def collate(
+    samples: Sequence[Sample], *, pad_id: int, pad_multiple: int, tokens_per_image: int, with_pixels: bool, image_size: int
+) -> Batch:
+    """One micro-batch of samples, right padded to their longest, rounded up to a multiple of `pad_multiple`."""
+    longest = max(len(sample.ids_S) for sample in samples)
+    S = -(-max(longest, 1) // pad_multiple) * pad_multiple
+    ids_BS = torch.full((len(samples), S), pad_id, dtype=torch.int64)
+    targets_BS = torch.full((len(samples), S), IGNORE, dtype=torch.int64)
+    slots, rows, num_images = [], [], 0
+    for b, sample in enumerate(samples):
+        num_tokens = len(sample.ids_S)
+        ids_BS[b, :num_tokens] = sample.ids_S
+        targets_BS[b, : max(num_tokens - 1, 0)] = sample.labels_S[1:]
+        places = torch.nonzero(sample.ids_S == IMAGE).flatten()
+        slots.append(b * S + places)
+        # Only the last image of a sample can be cut short, so its visual tokens are a prefix of its images' rows.
+        rows.append(num_images * tokens_per_image + torch.arange(len(places)))
+        num_images += sample.num_images
+    pixels_I3HW = None
+    if with_pixels:
+        pictures = [sample.pixels_I3HW for sample in samples if sample.pixels_I3HW is not None]
+        blank = torch.zeros(1, 3, image_size, image_size)
+        pixels_I3HW = torch.cat(pictures) if num_images else blank
+    return Batch(
+        ids_BS=ids_BS,
+        targets_BS=targets_BS,
+        positions_BS=torch.arange(S).expand(len(samples), S).contiguous(),
+        pixels_I3HW=pixels_I3HW,
+        slots_K=torch.cat(slots),
+        rows_K=torch.cat(rows),
+        num_images=num_images,
+        num_tokens=sum(len(sample.ids_S) for sample in samples),
+    )
+
+
+class Loader:
+    """Iterating gives one list per step: the micro-batches of this rank, `global_batch / (dp_size * micro_batch)` long.
+
+    Endless, epoch after epoch: the step that reaches the end of an epoch goes on with the order of the next, so that
+    every sample is seen exactly once per epoch. With `num_samples` it is one pass for an evaluation, instead.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        micro_batch: int,
+        global_batch: int,
+        pad_id: int,
+        pad_multiple: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_workers: int = 0,
+        prefetch: int = 4,
+        num_samples: int | None = None,
+    ):
+        """`pad_multiple`: what sequence lengths are rounded up to; tp, for sequence parallel. `shuffle`: a new order every
+        epoch, or always the stored one. `num_workers`: processes that read and decode, each up to `prefetch`
+        micro-batches ahead; 0: in this process. `num_samples`: exactly these first samples of the order (all, where there
+        are fewer), each once; the last step is filled up with samples without tokens, on every rank alike.
+
+        Raises ConfigError where `global_batch` does not divide, DataError where the dataset is empty.
+        """
+        if global_batch % (dp_size * micro_batch):
+            raise ConfigError(
+                [
+                    f"train.global_batch: {global_batch} is no multiple of data parallel size {dp_size} x "
+                    f"train.micro_batch {micro_batch}; change one of them"
+                ]
+            )
+        if not len(dataset):
+            raise DataError(f"{dataset.reader.prefix}: holds no sample; give another data.path")
+        self.dataset = dataset
+        self.truncated = 0
+        """Samples so far, on all ranks together, that were longer than `max_tokens` and lost their end."""
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._micro_batch, self._global_batch = micro_batch, global_batch
+        self._pad_id, self._pad_multiple = pad_id, pad_multiple
+        self._seed, self._shuffle = seed, shuffle
+        self._num_workers, self._prefetch = num_workers, prefetch
+        self._num_samples = None if num_samples is None else min(num_samples, len(dataset))
+        self._consumed = 0
+        self._is_cut = dataset.num_tokens > dataset.max_tokens
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Steps from the present state on. The state moves with what was handed out, not with what was prefetched."""
+        start = self._consumed
+        if self._num_samples is not None:
+            start = self.truncated = 0
+        batches = self._batches(self._micro_batches(start))
+        per_step = self._global_batch // (self._dp_size * self._micro_batch)
+        for first in self._steps(start):
+            step = [next(batches) for _ in range(per_step)]
+            drawn = self._draw(first)
+            self.truncated += int(np.count_nonzero(self._is_cut[drawn[drawn != FILLER]]))
+            self._consumed = first + self._global_batch
+            yield step
+
+    def state_dict(self) -> dict[str, int | bool]:
+        """Small, plain and the same on every rank; describes the moment after the last step that was handed out."""
+        return {"consumed": self._consumed, "truncated": self.truncated, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+        """Go on behind what `state` describes, at the next `iter()`; ranks, micro-batch and workers may differ.
+
+        Raises DataError where the order of the data would be another one.
+        """
+        for key, here in self._identity().items():
+            if state.get(key) != here:
+                raise DataError(
+                    f"resume: the checkpoint read its data with {key} = {state.get(key)}, this run has {here}; give it "
+                    "the same data, seed and shuffle, or start a new run from the checkpoint as model.pretrained"
+                )
+        self._consumed, self.truncated = int(state["consumed"]), int(state["truncated"])
+
+    def _identity(self) -> dict[str, int | bool]:
+        return {"seed": self._seed, "shuffle": self._shuffle, "samples": len(self.dataset)}
+
+    def _steps(self, start: int) -> Iterator[int]:
+        """Number of samples consumed before each step."""
+        while self._num_samples is None or start < self._num_samples:
+            yield start
+            start += self._global_batch
+
+    def _draw(self, first: int) -> np.ndarray:
+        """int64 [global_batch]: the samples of the step that begins when `first` samples are consumed."""
+        at = np.arange(first, first + self._global_batch)
+        epochs, places = np.divmod(at, len(self.dataset))
+        drawn = np.empty_like(at)
+        for epoch in np.unique(epochs):
+            drawn[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
+        if self._num_samples is not None:
+            drawn[at >= self._num_samples] = FILLER
+        return drawn
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """int64 [samples]: every sample once."""
+        if epoch not in self._orders:
+            if self._shuffle:
+                # RandomState, because numpy promises never to change its streams; its newer generators may.
+                seeds = [self._seed & 0xFFFFFFFF, self._seed >> 32 & 0xFFFFFFFF, epoch]
+                order = np.random.RandomState(seeds).permutation(len(self.dataset))
+            else:
+                order = np.arange(len(self.dataset))
+            self._orders[epoch] = order
+            if len(self._orders) > 2:  # what is read ahead and what is handed out are seldom further apart
+                del self._orders[next(iter(self._orders))]
+        return self._orders[epoch]
+
+    def _micro_batches(self, start: int) -> Iterator[list[int]]:
+        """Samples of each micro-batch of this rank."""
+        for first in self._steps(start):
+            shares = self._draw(first).reshape(-1, self._dp_size, self._micro_batch)
+            yield from shares[:, self._dp_rank].tolist()
+
+    def _batches(self, micro_batches: Iterable[list[int]]) -> Iterator[Batch]:
+        fetch = _Fetch(self.dataset, self._pad_id, self._pad_multiple)
+        results = DataLoader(
+            fetch,  # type: ignore[arg-type]
+            sampler=micro_batches,  # type: ignore[arg-type]
+            batch_size=None,  # `fetch` makes whole micro-batches
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch if self._num_workers else None,
+            collate_fn=_same,
+            generator=torch.Generator(),  # otherwise it draws from the global one, and resuming would change dropout
+        )
+        stream = iter(results)
+        while True:
+            try:
+                result = next(stream)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker (pid" not in str(error):  # torch has no type of its own for a worker that died
+                    raise
+                raise DataError(f"data.num_workers: {error}; is memory full, or /dev/shm?") from error
+            if isinstance(result, MegammError):
+                raise result
+            yield result
+
+
+class _Fetch:
+    """Numbers of samples -> Batch, in a worker. A MegammError is returned: raised there, it would arrive as a traceback."""
+
+    def __init__(self, dataset: Dataset, pad_id: int, pad_multiple: int):
+        self._dataset = dataset
+        self._pad_id = pad_id
+        self._pad_multiple = pad_multiple
+
+    def __getitem__(self, samples: list[int]) -> Batch | MegammError:
+        try:
+            return collate(
+                [self._dataset[i] for i in samples],
+                pad_id=self._pad_id,
+                pad_multiple=self._pad_multiple,
+                tokens_per_image=self._dataset.image_format.tokens,
+                with_pixels=self._dataset.with_pixels,
+                image_size=self._dataset.image_format.size,
+            )
+        except MegammError as error:
+            return error
+
+
+def _same(batch: Batch | MegammError) -> Batch | MegammError:
+    return batch

@@ -1,0 +1,119 @@
+"""Conversation formats, as data: five strings each. A new format is a new row of TEMPLATES, never new code.
+
+Strings and names: llava_family.md 3.3, tinyllava.md, imp.md, vw_lmm.md. What carries loss: llava_family.md 3.4.
+"""
+
+from dataclasses import dataclass
+
+from megamm.data.faults import SampleFault
+from megamm.data.tokenizer import Tokenizer
+from megamm.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Template:
+    """`first` question `reply` [`lead` answer `end`] `later` question `reply` [`lead` answer `end`] ...; [] carry loss."""
+
+    first: str
+    """In front of the first question, the system text included."""
+    later: str
+    """In front of every later question."""
+    reply: str
+    """Between question and answer; a prompt for generation ends with it."""
+    lead: str
+    """What the answer's first token may swallow: a space, where the format has one there."""
+    end: str
+    """Behind the answer. Without white space around it, one token of the vocabulary."""
+    caption_only: bool = False
+    """Of the question only the marker is kept, and there is exactly one round with one picture."""
+
+    def render(self, rounds: list[tuple[str, str]], marker: str) -> tuple[str, list[tuple[int, int]]]:
+        """Text of the (question, answer) rounds and the character ranges in it that carry loss.
+
+        Raises SampleFault (bad_roles, marker_count) for rounds that a caption format cannot hold.
+        """
+        if self.caption_only:
+            if len(rounds) != 1:
+                raise SampleFault("bad_roles", f"this template takes one caption, found {len(rounds)} rounds")
+            if rounds[0][0].count(marker) != 1:
+                raise SampleFault("marker_count", "this template takes exactly one picture, in the question")
+            rounds = [(marker, rounds[0][1])]
+        text, ranges = "", []
+        for i, (question, answer) in enumerate(rounds):
+            text += (self.later if i else self.first) + question + self.reply
+            start = len(text)
+            text += self.lead + answer + self.end
+            ranges.append((start, len(text)))
+        return text, ranges
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raise DataError where `end` is not one token: the model would then learn to spell it and never stop."""
+        end = self.end.strip()
+        ids = tokenizer.encode(end, bos=False)
+        if end and len(ids) != 1:
+            raise DataError(
+                f"tokenizer: {end!r}, which ends every answer of this template, is {len(ids)} tokens in "
+                f"{tokenizer.name}; choose the template made for this tokenizer, or add {end!r} to its special tokens"
+            )
+
+
+_USER = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_HUMAN = _USER.replace("user", "human")
+_LLAMA_2 = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+
+
+def _vicuna(system: str, end: str) -> Template:
+    return Template(first=f"{system} USER: ", later="USER: ", reply=" ASSISTANT:", lead=" ", end=end)
+
+
+_V1 = _vicuna(_USER, "</s>")
+_PHI = _vicuna(_USER, "<|endoftext|>")
+_PLAIN = Template(first="", later="", reply="", lead="", end="\n", caption_only=True)
+
+TEMPLATES: dict[str, Template] = {
+    "v1": _V1,
+    "vicuna_v1": _V1,
+    "llava_v1": _vicuna(_HUMAN, "</s>"),
+    "plain": _PLAIN,
+    "llava_llama_2": Template(
+        first=f"[INST] <<SYS>>\n{_LLAMA_2}\n<</SYS>>\n\n", later="<s>[INST] ", reply=" [/INST]", lead=" ", end=" </s>"
+    ),
+    "mistral_instruct": Template(first="[INST] ", later="[INST] ", reply=" [/INST]", lead=" ", end=" </s>"),
+    "mistral": Template(first="[INST] ", later="[INST] ", reply=" [/INST]", lead="", end="</s>"),
+    "phi": _PHI,
+    "phi2": _V1,  # Imp gives Phi-2 an end token spelt </s>
+    "qwen2": Template(
+        first=f"<|im_start|>system\n{_USER}<|im_end|>\n<|im_start|>user\n",
+        later="\n<|im_start|>user\n",
+        reply="<|im_end|>\n<|im_start|>assistant\n",
+        lead="",
+        end="<|im_end|>",
+    ),
+    "phi3": Template(
+        first=f"<|system|>\n{_USER}<|end|>\n<|user|>\n",
+        later="\n<|user|>\n",
+        reply="<|end|>\n<|assistant|>\n",
+        lead="",
+        end="<|end|>",
+    ),
+    # TinyLLaVA_Factory's names; its `phi` is the one above.
+    "pretrain": _PLAIN,
+    "llama": _V1,
+    "gemma": _vicuna(_USER, "<eos>"),
+    "qwen2_base": _PHI,
+    "qwen2_instruct": _vicuna(_USER, "<|im_end|>"),
+}
+"""Name -> format. `v1` says *user* and `llava_v1` says *human*: both are published, and they are not the same."""
+
+
+def template(name: str) -> Template:
+    """The format of that name. Raises DataError with the names there are."""
+    if name not in TEMPLATES:
+        raise DataError(f"template: unknown name {name!r}; choose one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]

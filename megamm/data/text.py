@@ -1,0 +1,87 @@
+"""Conversation -> ids and target spans, and from these one training sequence. Knows no file format and no picture."""
+
+import numpy as np
+
+from megamm.batch import IGNORE, IMAGE
+from megamm.data.faults import SampleFault
+from megamm.data.template import Template
+from megamm.data.tokenizer import Tokenizer
+
+Turn = tuple[str, str]
+"""(role, text) as the source has it; roles are `human` and `gpt`."""
+
+
+def tokenise(
+    turns: list[Turn], num_images: int, template: Template, tokenizer: Tokenizer, marker: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 [T] with one IMAGE per picture, and target spans int32 [N, 2] (first, last + 1) over them.
+
+    Text between two markers is tokenised in one piece, as the authors do (llava_family.md 3.1), so ids are theirs for
+    any tokenizer. Targets come from where each token stands in the text, so they are right where the authors' counting
+    fails and drops the sample (llava_family.md 3.4). Raises SampleFault.
+    """
+    rounds = _rounds([(role, _one_marker_in_front(text, marker)) for role, text in turns])
+    text, ranges = template.render(rounds, marker)
+    pieces = text.split(marker)
+    if len(pieces) - 1 != num_images:
+        raise SampleFault("marker_count", f"{len(pieces) - 1} markers, {num_images} pictures")
+    ids = [np.asarray(tokenizer.encode("", bos=True), dtype=np.int32)]
+    spans: list[tuple[int, int]] = []
+    num_ids, char = len(ids[0]), 0
+    for i, piece in enumerate(pieces):
+        if i > 0:
+            ids.append(np.asarray([IMAGE], dtype=np.int32))
+            num_ids, char = num_ids + 1, char + len(marker)
+        piece_ids, starts, ends = tokenizer.encode_offsets(piece)
+        for start, end in ranges:
+            # Every token that shares a character with the range. A token that begins in the space before an answer
+            # is a target; the end token always stands alone, so nothing behind it can be.
+            first = int(np.searchsorted(ends, start - char, side="right"))
+            last = int(np.searchsorted(starts, end - char, side="left"))
+            if first < last:
+                spans.append((num_ids + first, num_ids + last))
+        ids.append(piece_ids)
+        num_ids, char = num_ids + len(piece_ids), char + len(piece)
+    return np.concatenate(ids), np.asarray(spans, dtype=np.int32).reshape(-1, 2)
+
+
+def expand(
+    ids: np.ndarray, spans: np.ndarray, tokens_per_image: int, max_tokens: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Ids and labels, int64 [S], with every IMAGE repeated `tokens_per_image` times and cut to `max_tokens` after that,
+    and the number of images whose tokens begin inside. The cut may fall inside an image (llava_family.md 3.6)."""
+    is_target = np.zeros(len(ids), dtype=bool)
+    for start, end in spans:
+        is_target[start:end] = True
+    is_image = ids == IMAGE
+    repeats = np.where(is_image, tokens_per_image, 1)
+    labels = np.where(is_target & ~is_image, ids, IGNORE).astype(np.int64)
+    begins = np.cumsum(repeats) - repeats
+    num_images = int(np.count_nonzero(is_image & (begins < max_tokens)))
+    return (
+        np.repeat(ids.astype(np.int64), repeats)[:max_tokens],
+        np.repeat(labels, repeats)[:max_tokens],
+        num_images,
+    )
+
+
+def _one_marker_in_front(text: str, marker: str) -> str:
+    # llava_family.md 3.2, to the letter: the markers of a turn become one, whatever their number and place.
+    if marker not in text:
+        return text
+    return f"{marker}\n{text.replace(marker, '').strip()}".strip()
+
+
+def _rounds(turns: list[Turn]) -> list[tuple[str, str]]:
+    if turns and turns[0][0] == "gpt":
+        turns = turns[1:]  # as the authors do: an answer without a question in front is dropped
+    expected = ["human", "gpt"] * (len(turns) // 2 + 1)
+    if [role for role, _ in turns] != expected[: len(turns)]:
+        raise SampleFault("bad_roles", "found " + ", ".join(repr(role) for role, _ in turns[:4]))
+    if not turns or len(turns) % 2:
+        raise SampleFault("no_answer", f"{len(turns)} turns, the last one is not an answer")
+    rounds = [(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2)]
+    for i, (_, answer) in enumerate(rounds):
+        if not answer.strip():
+            raise SampleFault("no_answer", f"the answer of round {i + 1} is empty")
+    return rounds

@@ -1,0 +1,100 @@
+"""Text <-> ids, with the place of every token in the text. The only file of the data side that imports transformers."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from megamm.errors import DataError
+
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+"""Files that hold a vocabulary; the first one found names the tokenizer in a dataset's PREFIX.json."""
+
+SETTINGS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+"""Files that change how a vocabulary is used."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenizer:
+    """A tokenizer as stock transformers loads it from a directory, so that training and stock inference see equal ids."""
+
+    name: str
+    """File that holds the vocabulary, such as `tokenizer.model`."""
+    hash: str
+    """sha256 over names and contents of the tokenizer's files."""
+    bos_id: int | None
+    """None where the vocabulary has no such token."""
+    eos_id: int
+    pad_id: int
+    """The unknown token where there is no padding token, as LLaVA has it (llava_family.md 3.5); else the end token."""
+    adds_bos: bool
+    """Whether a text begins with `bos_id`, by the tokenizer's own rule."""
+    vocab_size: int
+    """Largest id + 1, added tokens included; the model's table may have more rows."""
+    _backend: Any = field(repr=False)
+    """tokenizers.Tokenizer: several times faster than the transformers wrapper around it, and the same ids."""
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        """Ids of `text`, special tokens written in it included. `bos`: put `bos_id` first, if this tokenizer does so."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else ids
+
+    def encode_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids [T] without `bos_id`, and first and last + 1 character [T] of each token; int32, not decreasing."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        offsets = np.asarray(encoding.offsets, dtype=np.int32).reshape(-1, 2)
+        return np.asarray(encoding.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, special tokens written out."""
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
+        return text
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Tokenizer of a local directory: SentencePiece (`tokenizer.model`) or `tokenizer.json`. Runs no remote code.
+
+    Raises DataError where files or special tokens are missing, or where transformers has only a slow tokenizer for it.
+    """
+    directory = Path(directory)
+    present = [name for name in FILES if (directory / name).is_file()]
+    if not present:
+        raise DataError(f"{directory}: holds no tokenizer; give a directory with one of {', '.join(FILES)}")
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{directory}: transformers cannot load this tokenizer ({error}); mend its files") from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise DataError(
+            f"{directory}: {type(loaded).__name__} has no fast form, which says where in the text a token stands; "
+            "save it as tokenizer.json first"
+        )
+    backend.no_truncation()  # a tokenizer.json may hold both, and would silently cut or pad every text
+    backend.no_padding()
+    if loaded.eos_token_id is None:
+        raise DataError(f"{directory}: names no end token; set eos_token in tokenizer_config.json")
+    spare = (loaded.pad_token_id, loaded.unk_token_id, loaded.eos_token_id)
+    return Tokenizer(
+        name=present[0],
+        hash=_hash(directory),
+        bos_id=loaded.bos_token_id,
+        eos_id=loaded.eos_token_id,
+        pad_id=next(token for token in spare if token is not None),
+        adds_bos=loaded.bos_token_id is not None and loaded("")["input_ids"][:1] == [loaded.bos_token_id],
+        vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        _backend=backend,
+    )
+
+
+def _hash(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(FILES + SETTINGS):
+        if (directory / name).is_file():
+            content = (directory / name).read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Text out of a built model, at any layout."""

@@ -1,0 +1,1 @@
+"""Model families, their parts, and the one model that runs them all."""

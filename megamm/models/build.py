@@ -1,0 +1,75 @@
+"""From options and a layout to the stages of this rank, and the flat unit list that layouts are made of."""
+
+from megatron.core import parallel_state
+
+from megamm import backend
+from megamm.models.options import VlmOptions
+from megamm.models.spec import Build, PartConfigs
+from megamm.models.vlm import VLM
+from megamm.parallel.placement import Unit
+
+
+def build_stages(options: VlmOptions, build: Build) -> list[VLM]:
+    """The virtual stages of this rank, on its device, weights not yet filled. Needs the process groups."""
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    configs = PartConfigs.of(options, build)
+    stages = [VLM(options, configs, build.layout.stage(pp_rank, k)) for k in range(build.layout.virtual)]
+    return [stage.to(backend.current().device) for stage in stages]
+
+
+def units(options: VlmOptions, num_tokens: float, num_images: float, seq_length: float, bytes_per_value: int = 2) -> list[Unit]:
+    """The model as a flat list, with what one micro-batch costs in each unit.
+
+    num_tokens: tokens of a micro-batch, visual ones counted; num_images: its pictures; seq_length: tokens that attend to
+    each other. A multiply-add counts as two FLOPs; causal attention counts half of the full square.
+    """
+    v, p, t = options.vision, options.projector, options.llm
+    positions = v.num_positions * num_images
+    q_size, kv_size = t.num_heads * t.head_dim, t.num_groups * t.head_dim
+
+    def unit(name: str, weights: int, tokens: float, kept: float, attention: float = 0.0, rest: int = 0) -> Unit:
+        """weights: values multiplied with every token; rest: parameters beside them; kept: values per token."""
+        return Unit(name, 2 * weights * tokens + attention, weights + rest, int(kept * tokens * bytes_per_value))
+
+    patch = 3 * v.patch_size**2 * v.hidden_size
+    embed_rest = v.num_positions * v.hidden_size + v.hidden_size * (
+        v.has_class_token + v.has_patch_bias + 2 * v.has_pre_norm
+    )
+    vision_layer = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.ffn_size
+    visual_tokens = options.tokens_per_image * num_images
+    out = [unit("vision.embed", patch, v.num_patches * num_images, 3 * v.hidden_size, rest=embed_rest)]
+    out += [
+        unit(
+            f"vision.layer.{i}",
+            vision_layer,
+            positions,
+            8 * v.hidden_size + 2 * v.ffn_size,
+            attention=4.0 * positions * v.num_positions * v.hidden_size,
+            rest=9 * v.hidden_size + v.ffn_size,
+        )
+        for i in range(v.num_layers)
+    ]
+    if p.kind == "linear":
+        out.append(unit("projector", p.in_size * p.out_size, visual_tokens, p.in_size, rest=p.out_size))
+    else:
+        weights = p.in_size * p.out_size + p.out_size**2
+        out.append(unit("projector", weights, visual_tokens, p.in_size + 2 * p.out_size, rest=2 * p.out_size))
+    vocabulary = t.padded_vocab_size * t.hidden_size
+    out.append(Unit("llm.embed", 0.0, vocabulary, int(t.hidden_size * num_tokens * bytes_per_value)))
+    attention_weights = t.hidden_size * (2 * q_size + 2 * kv_size)
+    bias = (q_size + 2 * kv_size) * t.has_qkv_bias
+    out += [
+        unit(
+            f"llm.layer.{i}",
+            attention_weights + 3 * t.hidden_size * t.ffn_size,
+            num_tokens,
+            4 * t.hidden_size + 2 * q_size + 2 * kv_size + 3 * t.ffn_size,
+            attention=2.0 * num_tokens * seq_length * q_size,
+            rest=2 * t.hidden_size * (1 + (t.norm == "LayerNorm")) + bias,
+        )
+        for i in range(t.num_layers)
+    ]
+    # The logits are kept in float32, and once more as softmax.
+    head_kept = t.hidden_size + 8 / bytes_per_value * t.padded_vocab_size
+    out.append(unit("llm.head", vocabulary, num_tokens, head_kept, rest=t.hidden_size * (1 + (t.norm == "LayerNorm"))))
+    return out

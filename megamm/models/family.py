@@ -1,0 +1,39 @@
+"""A family: which parts, how they are joined, how its checkpoints are spelt. One value per file beside this one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megamm.models.options import VlmOptions
+from megamm.weights.keymap import KeyMap
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """Everything megamm knows about one family; `models/vlm.py` holds no family name."""
+
+    name: str
+    read: Callable[[dict[str, Any]], VlmOptions]
+    """config.json -> options. Raises CheckpointError for a model the family cannot be."""
+    write: Callable[[VlmOptions], dict[str, Any]]
+    """The way back: `write(read(c)) == c`."""
+    keys: dict[str, Callable[[VlmOptions], KeyMap]]
+    """Dialect -> table of its key names."""
+    export_dialect: str
+    """Dialect to export in when the checkpoint was not imported from one."""
+    template: str
+    """Name of the conversation template of its sft."""
+    pretrain_template: str = "plain"
+    """Name of the conversation template of its pretrain."""
+    marker: str = "<image>"
+    """Text that stands for a picture in its conversations."""
+
+
+def overlay(source: dict[str, Any], known: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`source` with the `known` values written over it; a key that the source leaves out stays out where its value is
+    the default, so that reading and writing a config.json changes nothing."""
+    out = dict(source)
+    for key, value in known.items():
+        if not source or key in source or value != defaults.get(key, object()):
+            out[key] = value
+    return out

@@ -1,0 +1,1 @@
+"""Decoders: one file of options and key names per published architecture."""

@@ -1,0 +1,44 @@
+"""The decoder of every family: megatron-core's GPTModel, one stage's share of it."""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from megamm import backend
+from megamm.models.options import LlmOptions
+from megamm.models.spec import layer_spec
+from megamm.parallel.placement import Stage
+
+
+class Decoder(GPTModel):
+    """The units `llm.*` of one stage. The embedding is not scattered: visual tokens are written into it first."""
+
+    def __init__(self, options: LlmOptions, config: TransformerConfig, stage: Stage):
+        super().__init__(
+            config,
+            TransformerBlockSubmodules(
+                layer_specs=[layer_spec(AttnMaskType.causal)] * len(stage.llm_layers),
+                layer_norm=backend.current().layers.norm,
+            ),
+            vocab_size=options.padded_vocab_size,
+            max_sequence_length=options.max_positions,
+            pre_process=stage.has("llm.embed"),
+            post_process=stage.has("llm.head"),
+            position_embedding_type="rope",
+            rotary_base=options.rope_theta,
+            scatter_embedding_sequence_parallel=False,
+            vp_stage=stage.vp_stage,
+        )
+        if self.post_process and options.padded_vocab_size > options.vocab_size:
+            rows = options.padded_vocab_size // config.tensor_model_parallel_size
+            first = rows * parallel_state.get_tensor_model_parallel_rank()
+            self._num_real_columns = max(0, min(rows, options.vocab_size - first))
+            self.output_layer.register_forward_hook(self._silence_padding)
+
+    def _silence_padding(self, _: torch.nn.Module, __: tuple, output: tuple[Tensor, Tensor | None]) -> None:
+        """Padded vocabulary rows must not enter a softmax: their logits become -inf, their gradient zero."""
+        output[0][..., self._num_real_columns :] = -torch.inf

@@ -1,0 +1,101 @@
+"""What a part of a model is, as plain values read from a Hugging Face config.json. No torch, no megatron."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionOptions:
+    """A vision tower and the features taken from it."""
+
+    num_layers: int
+    """Blocks that are built and run: up to the one whose output is used."""
+    stored_layers: int
+    """Blocks that the checkpoint holds; those above `num_layers` are kept but never computed with."""
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    image_size: int
+    """Side of the square input picture, in pixels."""
+    patch_size: int
+    activation: Literal["quick_gelu", "gelu_tanh", "gelu"]
+    norm_eps: float
+    has_class_token: bool
+    keep_class_token: bool
+    """Whether the projector sees the class token, too."""
+    has_pre_norm: bool
+    has_patch_bias: bool
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one picture; pixels right and below the last whole patch are not seen."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens inside the tower."""
+        return self.num_patches + self.has_class_token
+
+    @property
+    def num_features(self) -> int:
+        """Image features per picture that enter the projector."""
+        return self.num_patches + (self.has_class_token and self.keep_class_token)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectorOptions:
+    """What turns image features into visual tokens."""
+
+    kind: Literal["linear", "mlp2x_gelu"]
+    in_size: int
+    out_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlmOptions:
+    """A decoder."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_groups: int
+    """Key/value heads."""
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm: Literal["RMSNorm", "LayerNorm"]
+    norm_eps: float
+    rope_theta: float
+    has_qkv_bias: bool = False
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Vocabulary rows that are stored: a fixed multiple, so that the shape does not depend on the layout."""
+        return -(-self.vocab_size // 128) * 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageOptions:
+    """How a picture becomes the tower's input."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: Literal["shortest_edge_crop", "squash"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VlmOptions:
+    """A whole model: the parts, and what joins them."""
+
+    family: str
+    vision: VisionOptions
+    projector: ProjectorOptions
+    llm: LlmOptions
+    image: ImageOptions
+    image_token_id: int | None
+    """Id that stands for a visual token in the released tokenizer; None where it has none."""
+    tokens_per_image: int
+    """Visual tokens that one picture becomes."""
+    hf: dict[str, Any] = field(default_factory=dict, repr=False)
+    """The config.json that these options were read from, word for word."""

@@ -1,0 +1,91 @@
+"""The parameters of a built stage under their canonical names: finding, filling, drawing, reading back, freezing.
+
+Canonical names come from megatron-core itself (`sharded_state_dict` with global layer numbers), so the table of
+megamm/weights and the built model cannot drift apart unnoticed.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+from torch.nn import Parameter
+
+from megamm.errors import CheckpointError
+from megamm.models.vlm import VLM
+from megamm.parallel.groups import gather_over_tp
+from megamm.weights.keymap import Entry, KeyMap
+
+
+def canonical_parameters(chunks: Iterable[VLM]) -> dict[str, Parameter]:
+    """Canonical name -> the local parameter, for all virtual stages of this rank."""
+    found: dict[str, Parameter] = {}
+    for chunk in chunks:
+        parameters = dict(chunk.named_parameters())
+        for local_name, sharded in chunk.sharded_state_dict().items():
+            if local_name in parameters and isinstance(sharded, (ShardedTensor, ShardedTensorFactory)):
+                found[sharded.key] = parameters.pop(local_name)
+        if parameters:
+            raise RuntimeError(f"parameters that megatron-core would not save: {sorted(parameters)}")
+    return found
+
+
+@torch.no_grad()
+def fill(chunks: Iterable[VLM], keymap: KeyMap, read: Callable[[Entry], Tensor]) -> None:
+    """Copy into every local parameter its slice of `read(entry)`, the global tensor of that entry."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in canonical_parameters(chunks).items():
+        entry = keymap[name]
+        local = entry.slice(read(entry), rank, size)
+        if local.shape != parameter.shape:
+            raise CheckpointError(f"{name}: slice {tuple(local.shape)} for a parameter {tuple(parameter.shape)}")
+        parameter.copy_(local)
+
+
+def draw(chunks: Iterable[VLM], keymap: KeyMap, seed: int, std: float = 0.02) -> None:
+    """Fill every parameter at random: norms 1, biases 0, the rest normal(0, std).
+
+    Each global tensor is drawn from `seed` and its own name, so the draw depends on no layout.
+    """
+    global_shapes = _global_shapes(chunks, keymap)
+
+    def drawn(entry: Entry) -> Tensor:
+        shape = global_shapes[entry.name]
+        if entry.name.endswith("bias"):
+            return torch.zeros(shape)
+        if entry.name.endswith(("norm.weight", "layer_norm_weight", "layernorm.weight")):
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{seed}:{entry.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randn(shape, generator=generator) * std
+
+    fill(chunks, keymap, drawn)
+
+
+def _global_shapes(chunks: Iterable[VLM], keymap: KeyMap) -> dict[str, tuple[int, ...]]:
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    shapes = {}
+    for name, parameter in canonical_parameters(chunks).items():
+        shape = list(parameter.shape)
+        dim = keymap[name].partition_dim
+        if dim is not None:
+            shape[dim] *= size
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+def join(entry: Entry, local: Tensor) -> Tensor:
+    """The global tensor of which this rank holds `local`; every tensor parallel rank must call it."""
+    if entry.partition_dim is None:
+        return local
+    return entry.join(gather_over_tp(local))
+
+
+def freeze(chunks: Iterable[VLM], parts: Collection[str]) -> None:
+    """Stop training the parameters of these parts (vision, projector, llm)."""
+    for name, parameter in canonical_parameters(chunks).items():
+        if name.split(".")[0] in parts:
+            parameter.requires_grad_(False)

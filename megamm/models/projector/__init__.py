@@ -1,0 +1,1 @@
+"""What turns image features into visual tokens."""

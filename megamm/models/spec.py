@@ -1,0 +1,190 @@
+"""From our options and the backend to megatron-core's TransformerConfig and layer specs. The one caller of its specs."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from megamm import backend
+from megamm.models.options import LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
+from megamm.parallel.placement import Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build:
+    """How a model is built here: what `parallel` and `train` of the config say about its modules."""
+
+    tp: int = 1
+    sequence_parallel: bool = False
+    layout: Layout
+    precision: backend.Precision = "fp32"
+    recompute: Literal["none", "full"] = "none"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the parameters and of what crosses a stage boundary."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """The tanh approximation of GELU, `gelu_pytorch_tanh` and `gelu_new` in Hugging Face's words."""
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh, "gelu": F.gelu}
+
+
+def _common(build: Build) -> dict[str, Any]:
+    """The fields that every part's TransformerConfig shares."""
+    layout = build.layout
+    flags: dict[str, Any] = {
+        **backend.current().config_flags,
+        "tensor_model_parallel_size": build.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "pipeline_dtype": build.dtype,
+        "params_dtype": build.dtype,
+        "bf16": build.dtype == torch.bfloat16,
+        # Stages exchange shapes, so micro-batches may differ in length; refused for the default MoE dispatcher even in
+        # dense models.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Weights are loaded, or drawn by their names (models/parameters.py), never in order of construction.
+        "perform_initialization": False,
+        # Keys with global layer numbers (sic).
+        "hetereogenous_dist_checkpoint": True,
+        "calculate_per_token_loss": True,
+    }
+    if build.precision == "fp8":
+        flags.update(fp8="hybrid", fp8_recipe="delayed", fp8_amax_history_len=16, fp8_amax_compute_algo="max")
+    if layout.virtual > 1:
+        flags.update(virtual_pipeline_model_parallel_size=layout.virtual, overlap_p2p_comm=True)
+    if build.recompute == "full":
+        flags.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return flags
+
+
+def _pipeline(layout: Layout, part: str) -> dict[str, Any]:
+    if layout.pp == 1:
+        return {}
+    return {"pipeline_model_parallel_layout": PipelineParallelLayerLayout(layout.mcore_layout(part), layout.pp)}
+
+
+def llm_config(options: LlmOptions, build: Build) -> TransformerConfig:
+    """The decoder's config; its pipeline fields are those of the whole model."""
+    return TransformerConfig(
+        **_common(build),
+        **_pipeline(build.layout, "llm"),
+        num_layers=options.num_layers,
+        hidden_size=options.hidden_size,
+        ffn_hidden_size=options.ffn_size,
+        num_attention_heads=options.num_heads,
+        num_query_groups=options.num_groups,
+        kv_channels=options.head_dim,
+        normalization=options.norm,
+        layernorm_epsilon=options.norm_eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=options.has_qkv_bias,
+        sequence_parallel=build.sequence_parallel,
+    )
+
+
+def vision_config(options: VisionOptions, build: Build) -> TransformerConfig:
+    """The tower's config. Its pipeline layout is derived from the same cut, so that layer numbers are global here, too.
+    Sequence parallel is off: 577 and 729 tokens divide by nothing."""
+    return TransformerConfig(
+        **{**_common(build), "bias_activation_fusion": False},
+        **_pipeline(build.layout, "vision"),
+        num_layers=options.num_layers,
+        hidden_size=options.hidden_size,
+        ffn_hidden_size=options.ffn_size,
+        num_attention_heads=options.num_heads,
+        normalization="LayerNorm",
+        layernorm_epsilon=options.norm_eps,
+        activation_func=_ACTIVATIONS[options.activation],
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        sequence_parallel=False,
+    )
+
+
+def projector_config(options: ProjectorOptions, build: Build) -> TransformerConfig:
+    """What the projector's linears read: sizes, dtype, tensor parallelism. It has no layers of its own."""
+    common = {**_common(build), "bias_activation_fusion": False, "pipeline_model_parallel_size": 1}
+    for field in ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "variable_seq_lengths", "pipeline_dtype"):
+        common.pop(field, None)
+    return TransformerConfig(
+        **common,
+        num_layers=1,
+        hidden_size=options.out_size,
+        num_attention_heads=build.tp,
+        sequence_parallel=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartConfigs:
+    """One TransformerConfig per part, shared by all virtual stages of a rank."""
+
+    vision: TransformerConfig
+    projector: TransformerConfig
+    llm: TransformerConfig
+
+    @classmethod
+    def of(cls, options: VlmOptions, build: Build) -> "PartConfigs":
+        """The configs of every part of a model."""
+        return cls(
+            vision=vision_config(options.vision, build),
+            projector=projector_config(options.projector, build),
+            llm=llm_config(options.llm, build),
+        )
+
+
+def layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
+    """One pre-norm transformer layer on the backend's modules; causal for a decoder, no_mask for a tower.
+
+    Local layers keep their norm in a module of its own; the map gives it the name that Transformer Engine's fused
+    layers write, so that one checkpoint serves both backends.
+    """
+    layers = backend.current().layers
+    fused = layers.norm_column_linear
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if fused else layers.norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": attn_mask_type},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=fused or layers.column_linear,
+                    core_attention=layers.core_attention,
+                    linear_proj=layers.row_linear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp if fused else layers.norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=fused or layers.column_linear, linear_fc2=layers.row_linear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={}
+            if fused
+            else {
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Vision towers: one trunk, and a table and options per published tower."""

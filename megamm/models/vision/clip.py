@@ -1,0 +1,119 @@
+"""CLIP's vision tower: class token, a norm before the first block, quick GELU."""
+
+from typing import Any
+
+from megamm.errors import CheckpointError
+from megamm.models.family import overlay
+from megamm.models.options import ImageOptions, VisionOptions
+from megamm.weights.keymap import Dims, Keep, KeyMap, Row
+
+DEFAULTS: dict[str, Any] = {
+    # What transformers' CLIPVisionConfig assumes for a field that config.json leaves out.
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+
+IMAGE = ImageOptions(
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    resize="shortest_edge_crop",
+)
+
+_LAYER = "encoder.layers.{i}."
+_OURS = "transformer.layers.{i}."
+
+
+def block_rows() -> tuple[Row, ...]:
+    """The rows of one pre-norm block as CLIP and SigLIP spell it."""
+    attention = _LAYER + "self_attn."
+    rows = []
+    for x in ("weight", "bias"):
+        rows += [
+            Row(f"{_OURS}self_attention.linear_qkv.layer_norm_{x}", (f"{_LAYER}layer_norm1.{x}",)),
+            Row(
+                f"{_OURS}self_attention.linear_qkv.{x}",
+                (f"{attention}q_proj.{x}", f"{attention}k_proj.{x}", f"{attention}v_proj.{x}"),
+                pack="qkv",
+                tp="col",
+            ),
+            Row(
+                f"{_OURS}self_attention.linear_proj.{x}",
+                (f"{attention}out_proj.{x}",),
+                tp="row" if x == "weight" else None,
+            ),
+            Row(f"{_OURS}mlp.linear_fc1.layer_norm_{x}", (f"{_LAYER}layer_norm2.{x}",)),
+            Row(f"{_OURS}mlp.linear_fc1.{x}", (f"{_LAYER}mlp.fc1.{x}",), tp="col"),
+            Row(f"{_OURS}mlp.linear_fc2.{x}", (f"{_LAYER}mlp.fc2.{x}",), tp="row" if x == "weight" else None),
+        ]
+    return tuple(rows)
+
+
+ROWS = (
+    Row("class_token", ("embeddings.class_embedding",)),
+    Row("patch_embedding.weight", ("embeddings.patch_embedding.weight",)),
+    Row("position_embedding", ("embeddings.position_embedding.weight",)),
+    Row("pre_norm.weight", ("pre_layrnorm.weight",)),
+    Row("pre_norm.bias", ("pre_layrnorm.bias",)),
+    *block_rows(),
+    # The blocks above the one whose output is used, and the norm behind them.
+    *(Keep(key) for row in block_rows() for key in row.hf),
+    Keep("post_layernorm.weight"),
+    Keep("post_layernorm.bias"),
+    Keep("embeddings.position_ids"),
+)
+
+
+def keys(options: VisionOptions) -> KeyMap:
+    """The table of a CLIPVisionModel checkpoint, without the leading `vision_model.`."""
+    return KeyMap(ROWS, Dims(layers=options.num_layers, heads=options.num_heads, groups=options.num_heads))
+
+
+def from_hf(config: dict[str, Any], feature_layer: int, keep_class_token: bool) -> VisionOptions:
+    """vision_config -> options. `feature_layer` indexes the list (embedding output, output of block 0, 1, ...)."""
+    get = {**DEFAULTS, **config}.__getitem__
+    if get("hidden_act") != "quick_gelu" or get("num_channels") != 3:
+        raise CheckpointError(
+            f"config.json: CLIP with hidden_act {get('hidden_act')!r} and num_channels {get('num_channels')} is not "
+            "supported, only quick_gelu and 3"
+        )
+    stored = get("num_hidden_layers")
+    if not -stored - 1 <= feature_layer <= stored:
+        raise CheckpointError(f"config.json: vision feature layer {feature_layer} of a tower of {stored} blocks")
+    return VisionOptions(
+        num_layers=feature_layer % (stored + 1),
+        stored_layers=stored,
+        hidden_size=get("hidden_size"),
+        ffn_size=get("intermediate_size"),
+        num_heads=get("num_attention_heads"),
+        image_size=get("image_size"),
+        patch_size=get("patch_size"),
+        activation="quick_gelu",
+        norm_eps=get("layer_norm_eps"),
+        has_class_token=True,
+        keep_class_token=keep_class_token,
+        has_pre_norm=True,
+        has_patch_bias=False,
+    )
+
+
+def to_hf(options: VisionOptions, source: dict[str, Any]) -> dict[str, Any]:
+    """Options -> vision_config, written over the one they came from."""
+    known = {
+        "model_type": "clip_vision_model",
+        "hidden_size": options.hidden_size,
+        "intermediate_size": options.ffn_size,
+        "num_hidden_layers": options.stored_layers,
+        "num_attention_heads": options.num_heads,
+        "image_size": options.image_size,
+        "patch_size": options.patch_size,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": options.norm_eps,
+    }
+    return overlay(source, known, DEFAULTS)

@@ -1,0 +1,91 @@
+"""The model: encode, project, place, decode. No family names in here.
+
+One `VLM` is one virtual stage of one pipeline rank: whatever run of the flat unit list the layout gives it. Exactly one
+3-dimensional tensor crosses a stage boundary: vision hidden states [P, I, hv] inside the tower, visual tokens [P, I, H]
+behind the projector, hidden states [S, B, H] inside the llm (S divided by tp under sequence parallelism).
+"""
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from megamm.batch import IMAGE, Batch
+from megamm.models.llm.decoder import Decoder
+from megamm.models.options import VlmOptions
+from megamm.models.projector.layers import Projector
+from megamm.models.spec import PartConfigs
+from megamm.models.vision.vit import VisionTower, select_features
+from megamm.parallel.placement import Stage
+
+
+class VLM(MegatronModule):
+    """The units of one stage, called with a whole `Batch`; every stage takes from it what its units need."""
+
+    # megatron-core's schedules and gradient reductions ask for these.
+    model_type = ModelType.encoder_or_decoder
+    share_embeddings_and_output_weights = False
+
+    def __init__(self, options: VlmOptions, configs: PartConfigs, stage: Stage):
+        super().__init__(config=configs.llm)
+        self.options = options
+        self.stage = stage
+        self.vp_stage = stage.vp_stage if configs.llm.virtual_pipeline_model_parallel_size else None
+        self.pre_process = stage.before is None
+        self.post_process = stage.after is None
+        self.vision: VisionTower | None = None
+        self.projector: Projector | None = None
+        self.llm: Decoder | None = None
+        if stage.has("vision.embed") or stage.vision_layers:
+            self.vision = VisionTower(options.vision, configs.vision, stage)
+        if stage.has("projector"):
+            self.projector = Projector(options.projector, configs.projector)
+        if stage.has("llm.embed") or stage.llm_layers or stage.has("llm.head"):
+            self.llm = Decoder(options.llm, self.config, stage)
+        self._received: Tensor | None = None
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Take what the stage before sent; called by megatron-core's schedules ahead of every forward."""
+        self._received = input_tensor[0]
+
+    def forward(self, batch: Batch, keep_logits: bool = False) -> Tensor:
+        """Run this stage.
+
+        Returns what crosses the boundary, or on the stage of `llm.head` the loss of every position, float32 [B, S], not
+        masked; with `keep_logits` the logits [B, S, V / tp] instead.
+        """
+        x = self._received
+        if self.vision is not None:
+            x = self.vision(batch.pixels_I3HW if self.vision.has_embedding else x)
+        if self.projector is not None:
+            x = self.projector(select_features(x, self.options.vision))
+        if self.llm is not None:
+            if self.stage.has("llm.embed"):
+                x = self.place(x, batch)
+            return self.decode(x, batch, keep_logits)
+        return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
+
+    def place(self, visual_PIH: Tensor, batch: Batch) -> Tensor:
+        """Embed the ids and write each visual token where its IMAGE id stands -> [S, B, H], scattered under sequence
+        parallelism. A visual token that is placed nowhere gets a zero gradient, so nothing goes missing."""
+        ids_BS = batch.ids_BS.masked_fill(batch.ids_BS == IMAGE, 0)
+        text_SBH = self.llm.embedding(input_ids=ids_BS, position_ids=batch.positions_BS)
+        length, size, width = text_SBH.shape
+        rows_KH = visual_PIH.transpose(0, 1).reshape(-1, width)[batch.rows_K]
+        x_BSH = text_SBH.transpose(0, 1).reshape(-1, width).index_copy(0, batch.slots_K, rows_KH)
+        x_SBH = x_BSH.view(size, length, width).transpose(0, 1).contiguous()
+        return scatter_to_sequence_parallel_region(x_SBH) if self.config.sequence_parallel else x_SBH
+
+    def decode(self, x_SBH: Tensor, batch: Batch, keep_logits: bool) -> Tensor:
+        """The llm's layers of this stage, and head and loss where they live here."""
+        if not self.llm.pre_process:
+            self.llm.set_input_tensor(x_SBH)
+        return self.llm(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=x_SBH if self.llm.pre_process else None,
+            labels=None if keep_logits else batch.targets_BS.clamp(min=0),
+        )

@@ -1,0 +1,16 @@
+"""Names a user may write -> what they stand for, as dict literals."""
+
+from megamm.errors import ConfigError
+from megamm.models import llava
+from megamm.models.family import Family
+
+FAMILIES: dict[str, Family] = {
+    "llava": llava.FAMILY,
+}
+
+
+def family(name: str) -> Family:
+    """The family of that name. Raises ConfigError with the legal names."""
+    if name not in FAMILIES:
+        raise ConfigError([f"model.family {name!r} is unknown; megamm has: {', '.join(FAMILIES)}"])
+    return FAMILIES[name]

@@ -1,0 +1,138 @@
+"""Checkpoints of a run: weights, optimizer, schedule and data position, written aside and renamed, loadable at any layout.
+
+A checkpoint `step_XXXXXXXX/` holds megatron's `torch_dist` files with global tensors under canonical names, and beside
+them what megamm/weights/convert.py describes, so that every tool reads it as it reads an imported one.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.nn import Module
+
+from megamm.errors import CheckpointError
+from megamm.weights.convert import CheckpointInfo, copy_side_files, read_info, write_info
+
+RECIPE = "recipe.json"
+"""The resolved configuration, as `megamm.train` takes it for a recipe."""
+
+# The default sharding of the optimizer cannot be loaded at another layout, this one can at every.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunState:
+    """What a checkpoint holds of a run; the stages are behind DDP."""
+
+    stages: Sequence[Module]
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+
+
+def step_dir(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint behind step `step` lies."""
+    return Path(run_dir) / f"step_{step:08d}"
+
+
+def newest(run_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    found = sorted(path for path in Path(run_dir).glob("step_*") if path.name[5:].isdigit())
+    return found[-1] if found else None
+
+
+def save(
+    run_dir: str | Path,
+    step: int,
+    state: RunState,
+    *,
+    data: dict[str, Any],
+    info: CheckpointInfo,
+    side_files: Path | None,
+    recipe: str,
+    keep_last: int,
+) -> Path:
+    """Write the checkpoint behind `step`; every rank must call it.
+
+    data: the loader's state. side_files: the checkpoint whose kept tensors and tokenizer go along. It is written under
+    another name and renamed when it is whole; only then are older ones removed, `keep_last` of them kept (0: all).
+    """
+    final = step_dir(run_dir, step)
+    partial = final.with_name(final.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    content = {**_sharded(state, is_loading=False), "step": step, "data": data}
+    dist_checkpointing.save(content, str(partial))
+    if dist.get_rank() == 0:
+        if side_files is not None:
+            copy_side_files(side_files, partial)
+        write_info(partial, info)
+        (partial / RECIPE).write_text(recipe)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        if keep_last:
+            for old in sorted(Path(run_dir).glob("step_" + "[0-9]" * 8))[:-keep_last]:
+                shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load(path: Path, state: RunState, info: CheckpointInfo) -> tuple[int, dict[str, Any]]:
+    """Load a checkpoint of this run at whatever layout this run has -> (its step, the loader's state)."""
+    _check_same_model(path, info)
+    loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
+    for k, stage in enumerate(state.stages):
+        stage.module.load_state_dict(loaded[f"stage{k}"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.schedule.load_state_dict(loaded["schedule"])
+    return loaded["step"], loaded["data"]
+
+
+def load_weights(path: Path, stages: Sequence[Module], info: CheckpointInfo) -> None:
+    """Load only the weights, from an imported checkpoint or one of another run, into stages not yet behind DDP."""
+    _check_same_model(path, info)
+    sharded = {f"stage{k}": _weights(stage) for k, stage in enumerate(stages)}
+    loaded = dist_checkpointing.load(sharded, str(path))
+    for k, stage in enumerate(stages):
+        stage.load_state_dict(loaded[f"stage{k}"], strict=False)
+
+
+def _weights(stage: Module) -> dict[str, Any]:
+    """Without Transformer Engine's FP8 statistics, which an imported checkpoint does not have."""
+    return {k: v for k, v in stage.sharded_state_dict().items() if not isinstance(v, ShardedObject)}
+
+
+def _sharded(state: RunState, *, is_loading: bool) -> dict[str, Any]:
+    stages = {f"stage{k}": stage.module.sharded_state_dict() for k, stage in enumerate(state.stages)}
+    optimizer = state.optimizer.sharded_state_dict(stages, is_loading=is_loading, metadata=_METADATA)
+    return {**stages, "optimizer": optimizer, "schedule": state.schedule.state_dict()}
+
+
+def _check_same_model(path: Path, info: CheckpointInfo) -> None:
+    stored = read_info(path)
+    if stored.family != info.family:
+        raise CheckpointError(f"{path} is a checkpoint of family {stored.family}; this run trains {info.family}")
+    differ = sorted(
+        key
+        for key in stored.hf_config.keys() | info.hf_config.keys()
+        if stored.hf_config.get(key) != info.hf_config.get(key)
+    )
+    if differ:
+        raise CheckpointError(
+            f"{path} holds a model of other sizes: its config.json differs in {', '.join(differ)}. Give model.config "
+            "(or model.pretrained) of the same model, or another checkpoint.dir"
+        )
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The resolved configuration of a checkpoint."""
+    return json.loads((path / RECIPE).read_text())

@@ -1,0 +1,109 @@
+"""DDP, the distributed optimizer, its parameter groups and its schedule."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megamm import backend
+from megamm.config.schema import PARTS, Optim
+from megamm.models.vlm import VLM
+
+
+def wrap(stages: Sequence[VLM], *, distributed_optimizer: bool = True) -> list[DistributedDataParallel]:
+    """Put each virtual stage behind DDP, and tell megatron-core's schedule how its gradients are reduced.
+
+    Gradients are summed in float32. Without the distributed optimizer every rank ends with whole gradients in
+    `main_grad`, which is what a comparison needs.
+    """
+    overlap = backend.current().overlap_gradient_reduction
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        average_in_collective=False,
+    )
+    config = stages[0].config
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, stage, disable_bucketing=k > 0) for k, stage in enumerate(stages)
+    ]
+    for stage in wrapped:
+        _store_bucket_padding(stage)
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap:
+        interleaved = len(wrapped) > 1
+        no_syncs, starts = [s.no_sync for s in wrapped], [s.start_grad_sync for s in wrapped]
+        config.no_sync_func = no_syncs if interleaved else no_syncs[0]
+        config.grad_sync_func = starts if interleaved else starts[0]
+    return wrapped
+
+
+def _store_bucket_padding(stage: DistributedDataParallel) -> None:
+    """Count the padding between buckets as part of them.
+
+    A fully reshardable checkpoint gathers buckets without their padding but addresses them with it, so optimizer state
+    after the first bucket would be loaded from the wrong place.
+    """
+    for buffer in stage.buffers:
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = buffer.grad_data.numel()
+
+
+def build_optimizer(optim: Optim, stages: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW over the trainable parameters of this rank; state is split over data parallel ranks.
+
+    Biases and norms (one-dimensional parameters) are never decayed. A part's own learning rate is a group of its own.
+    """
+    dtype = stages[0].config.params_dtype
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_norm,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    overrides = get_standard_config_overrides(config)
+    for part in PARTS:
+        lr = getattr(optim, f"{part}_lr")
+        if lr is not None:
+            overrides[ParamKey(name=(f"{part}.*", f"module.{part}.*"))] = {
+                "max_lr": lr,
+                "min_lr": min(optim.min_lr, lr),
+            }
+    return get_megatron_optimizer(config, list(stages), config_overrides=overrides, use_gloo_process_groups=False)
+
+
+def build_schedule(optim: Optim, optimizer: MegatronOptimizer, num_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up from 0 over `optim.warmup` of all steps, then the chosen decay to `min_lr` at the last step."""
+    warmup = min(math.ceil(optim.warmup * num_steps), num_steps - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(num_steps, 1),
+        lr_decay_style=optim.schedule,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=max(num_steps, 1),
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
