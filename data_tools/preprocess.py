@@ -31,8 +31,8 @@ from megamm.errors import DataError, MegammError
 
 @dataclass(kw_only=True, slots=True)
 class Options:
-    """Tokenise conversations and gather their pictures into one indexed dataset. Samples that cannot be used are skipped,
-    counted by reason and listed in PREFIX.skipped.jsonl. Nothing is dropped for its length."""
+    """Tokenise conversations and gather their pictures into one indexed dataset. Samples that cannot be used are
+    skipped, counted by reason and listed in PREFIX.skipped.jsonl. Nothing is dropped for its length."""
 
     input: Path
     """LLaVA conversations: a JSON list, or JSON lines."""
@@ -117,9 +117,7 @@ def _list_faults(path: Path, faults: list[Fault]) -> None:
         raise DataError(f"{path}: cannot be written ({error}); make room, or choose another --output") from error
 
 
-def _with_progress(
-    results: Iterable[Document | Fault], total: int, console: Console
-) -> Iterator[Document | Fault]:
+def _with_progress(results: Iterable[Document | Fault], total: int, console: Console) -> Iterator[Document | Fault]:
     columns = (
         TextColumn("preprocess"),
         BarColumn(),

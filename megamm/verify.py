@@ -123,7 +123,9 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
         labels_BT, rows = arrays["labels"], arrays["image_row"]
         is_dummy = arrays["image_is_dummy"].astype(bool)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"--case {path}: not a verification case ({error}); megamm/verify.py says what one holds") from error
+        raise DataError(
+            f"--case {path}: not a verification case ({error}); megamm/verify.py says what one holds"
+        ) from error
 
     def sample(b: int, ids: np.ndarray, labels: np.ndarray) -> Sample:
         ids, labels, num_images = _expanded(ids, labels, options)
@@ -135,9 +137,7 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
             num_images=num_images,
         )
 
-    samples = [
-        sample(b, ids_BT[b][mask_BT[b] == 1], labels_BT[b][mask_BT[b] == 1]) for b in range(len(ids_BT))
-    ]
+    samples = [sample(b, ids_BT[b][mask_BT[b] == 1], labels_BT[b][mask_BT[b] == 1]) for b in range(len(ids_BT))]
     prompt = None
     if "greedy_prompt" in arrays:
         ids = arrays["greedy_prompt"][0]
@@ -202,7 +202,7 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
     build = Build(
         tp=request.tp, sequence_parallel=request.sequence_parallel, layout=parse_layout(layout, flat, request.pp)
     )
-    modules = build_stages(options, build)
+    modules = build_stages(options, build, checkpoint.table)
     fill(modules, checkpoint.table, lambda entry: checkpoint.load(entry.name))
     stages = wrap(modules, distributed_optimizer=False)
     reports = ranks.tp_rank == 0 and ranks.dp_rank == 0
@@ -216,7 +216,8 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
         found = {name: value.float().numpy() for name, value in outputs.items()}
         for name, parameter in canonical_parameters(modules).items():
             entry = checkpoint.table[name]
-            for key, grad in zip(entry.hf, entry.unpack(join(entry, parameter.main_grad)), strict=True):
+            whole = join(entry, getattr(parameter, "main_grad"))  # noqa: B009 - DDP's, unknown to torch's types
+            for key, grad in zip(entry.hf, entry.unpack(whole), strict=True):
                 found[f"grad:{key}"] = grad.float().numpy().copy()
         if case.prompt is not None:
             wanted = len(case.expected["greedy_tokens"])
@@ -261,7 +262,7 @@ def captured(modules: Sequence[VLM], batch: Batch, options: VlmOptions) -> Itera
             keep("vision_features", args[0])
             keep("visual_tokens", output)
 
-    def on_layer(layer: torch.nn.Module, _: Any, output: tuple[Tensor, Tensor | None]) -> None:
+    def on_layer(layer: Any, _: Any, output: tuple[Tensor, Tensor | None]) -> None:
         keep(f"layer_output.{layer.layer_number - 1}", output[0], layer.config.sequence_parallel)
 
     def on_head(_: torch.nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> None:
@@ -285,7 +286,9 @@ def captured(modules: Sequence[VLM], batch: Batch, options: VlmOptions) -> Itera
 def outputs_of(case: Case, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The run's results under the names and in the shapes that a case has them, padding cut or zero."""
     out = {name: value for name, value in found.items() if not name.startswith(("layer_output.", "grad:"))}
-    layers = sorted((int(name.split(".")[1]), value) for name, value in found.items() if name.startswith("layer_output."))
+    layers = sorted(
+        (int(name.split(".")[1]), value) for name, value in found.items() if name.startswith("layer_output.")
+    )
     out["layer_outputs"] = np.stack([value for _, value in layers])
     length = max(len(sample.ids_S) for sample in case.samples)
     labels = np.full((len(case.samples), length), IGNORE, dtype=np.int64)

@@ -4,7 +4,6 @@
 branches on a backend's name: where a caller would want to, the difference becomes a field of `Backend`.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -73,15 +72,11 @@ def start(name: Literal["auto", "cpu", "gpu"] = "auto", local_rank: int = 0) -> 
         if _current.name != chosen:
             raise MegammError(f"backend {chosen} was asked for, but this process already runs on {_current.name}")
         return _current
-    # torch 2.13 renamed collectives that megatron-core 0.16.1 calls by their old names, once per call site and rank.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     if chosen == "gpu":
         from megamm.backend import gpu
 
         _current = gpu.start(local_rank)
     else:
-        # megatron-core warns, module by module, that Transformer Engine and apex are absent. Here that is the plan.
-        warnings.filterwarnings("ignore", module=r"megatron\.core")
         from megamm.backend import cpu
 
         _current = cpu.start()
@@ -93,3 +88,13 @@ def current() -> Backend:
     if _current is None:
         raise RuntimeError("megamm.backend.start() has not been called in this process")
     return _current
+
+
+def seed_ranks(seed: int) -> None:
+    """Seed this rank's generators: one state that tensor parallel ranks share and one that differs between them.
+
+    Needs the model parallel groups.
+    """
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

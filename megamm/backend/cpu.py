@@ -27,6 +27,8 @@ from megamm.backend import Backend, LayerModules
 def start() -> Backend:
     """Redirect megatron-core's CUDA calls and describe this machine."""
     redirect_cuda_calls()
+    # megatron-core compiles small functions for fusion; on a CPU that costs a C++ compiler run each and gains nothing.
+    torch.compiler.set_stance("force_eager")
     return Backend(
         name="cpu",
         device=torch.device("cpu"),
@@ -68,14 +70,14 @@ class Norm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.shape = (hidden_size,)
+        if config.normalization not in ("LayerNorm", "RMSNorm"):
+            raise ValueError(f"normalization must be LayerNorm or RMSNorm, not {config.normalization}")
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
         self.bias = None
         if config.normalization == "LayerNorm":
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-            self.bias.sequence_parallel = config.sequence_parallel
-        elif config.normalization != "RMSNorm":
-            raise ValueError(f"normalization must be LayerNorm or RMSNorm, not {config.normalization}")
+        for parameter in self.parameters():
+            _replace(parameter, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H], same dtype."""
@@ -132,8 +134,9 @@ class SdpaAttention(torch.nn.Module):
             raise ValueError("attention bias is not supported by the CPU attention")
         if packed_seq_params is not None:
             bounds = packed_seq_params.cu_seqlens_q.tolist()
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
             parts = [
-                self._attend(*(x[a:b].unsqueeze(1) for x in (query, key, value)), None)
+                self._attend(query[a:b], key[a:b], value[a:b], None)
                 for a, b in zip(bounds, bounds[1:], strict=False)
                 if b > a
             ]
@@ -177,7 +180,7 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # apex's takes no closure either
         """One AdamW step on every parameter that has a gradient."""
         for group in self.param_groups:
             group["step"] = int(group.get("step", 0)) + 1
@@ -222,10 +225,23 @@ class _NoStream:
         return None
 
 
-_FACTORIES = (
-    "arange empty empty_like empty_strided full full_like linspace ones ones_like rand randint randn tensor "
-    "zeros zeros_like"
-).split()
+_FACTORIES = [
+    "arange",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
 _CPU = torch.device("cpu")
 
 
@@ -254,8 +270,7 @@ def redirect_cuda_calls() -> None:
     exception: `Tensor.type()` without arguments names the CUDA tensor type, because optimizers compare that string.
     """
     # Patched by name and not through a TorchFunctionMode: recomputation runs in the backward pass, without the mode.
-    for name in _FACTORIES:
-        setattr(torch, name, _redirect_factory(getattr(torch, name)))
+    _replace(torch, **{name: _redirect_factory(getattr(torch, name)) for name in _FACTORIES})
 
     tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
 
@@ -271,33 +286,52 @@ def redirect_cuda_calls() -> None:
             return tensor_type(self, *args, **kwargs)
         return tensor_type(self).replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.to = to
-    torch.Tensor.type = type_
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    torch.Tensor.pin_memory = lambda self, *_, **__: self
-    torch.nn.Module.cuda = lambda self, *_, **__: self
+    def itself(self: Any, *_: Any, **__: Any) -> Any:
+        return self
 
-    cuda = torch.cuda
-    cuda.current_device = lambda: _CPU
-    cuda.set_device = lambda *_: None
-    cuda.device_count = lambda: 1
-    cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
-    cuda.Stream = cuda.Event = _NoStream
-    cuda.stream = lambda *_: contextlib.nullcontext()
-    cuda.current_stream = cuda.default_stream = lambda *_: _NoStream()
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    _replace(torch.Tensor, to=to, type=type_, cuda=itself, pin_memory=itself)
+    _replace(torch.nn.Module, cuda=itself)
+    _replace(
+        torch.cuda,
+        current_device=lambda: _CPU,
+        set_device=nothing,
+        device_count=lambda: 1,
+        synchronize=nothing,
+        empty_cache=nothing,
+        Stream=_NoStream,
+        Event=_NoStream,
+        stream=lambda *_: contextlib.nullcontext(),
+        current_stream=_NoStream,
+        default_stream=_NoStream,
+    )
+    _replace(torch.cuda.nvtx, range_push=nothing, range_pop=nothing)
 
     # One generator serves as "CUDA" and CPU generator; the tracker's fork saves and restores its state.
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
+    def get_state(*_: Any, **__: Any) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: Tensor, *_: Any, **__: Any) -> None:
+        torch.set_rng_state(state)
+
+    # torch.manual_seed would call torch.cuda.manual_seed in turn.
+    seed = torch.default_generator.manual_seed
+    _replace(torch.cuda, get_rng_state=get_state, set_rng_state=set_state, manual_seed=seed, manual_seed_all=seed)
+    _replace(torch.cuda.random, get_rng_state=get_state)
     from megatron.core.tensor_parallel import random as mcore_random
 
-    mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    _replace(mcore_random, _set_cuda_rng_state=set_state)
 
     # Transformer Engine and apex are absent: give the optimizer the same interface instead of torch's AdamW.
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
+    _replace(optimizer, Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False)
+    _replace(distrib_optimizer, Adam=FusedAdam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
+
+
+def _replace(owner: Any, **replacements: Any) -> None:
+    for name, value in replacements.items():
+        setattr(owner, name, value)

@@ -14,8 +14,8 @@ def start(local_rank: int) -> Backend:
     """
     if not torch.cuda.is_available():
         raise MegammError(
-            "train.backend is gpu, but torch sees no GPU here. Run `nvidia-smi` to see whether the driver does, install "
-            "a CUDA build of torch, or take train.backend cpu."
+            "train.backend is gpu, but torch sees no GPU here. Run `nvidia-smi` to see whether the driver does, "
+            "install a CUDA build of torch, or take train.backend cpu."
         )
     try:
         import transformer_engine.pytorch as te

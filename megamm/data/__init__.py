@@ -1,1 +1,1 @@
-"""From conversations and pictures to batches. Never imports models: what it must know of one comes as an ImageFormat."""
+"""From conversations and pictures to batches. Imports no model: what it must know of one is an ImageFormat."""

@@ -1,4 +1,4 @@
-"""What can be wrong with one sample. A fault is skipped, counted by its reason and listed; it never ends a run by itself."""
+"""What can be wrong with one sample. A fault is skipped, counted by its reason and listed; it alone ends no run."""
 
 from megamm.errors import DataError
 

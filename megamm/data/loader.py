@@ -5,6 +5,7 @@ What is drawn depends on the number of samples consumed and the seed alone: neve
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,12 +63,19 @@ class Dataset:
             try:
                 pixels_I3HW[k] = to_pixels(decode(self.reader.image(i, k)), self.image_format)
             except SampleFault as fault:
-                raise DataError(f"{self.reader.prefix}: document {i}, picture {k}: {fault}; preprocess again") from fault
+                where = f"{self.reader.prefix}: document {i}, picture {k}"
+                raise DataError(f"{where}: {fault}; preprocess again") from fault
         return pixels_I3HW
 
 
 def collate(
-    samples: Sequence[Sample], *, pad_id: int, pad_multiple: int, tokens_per_image: int, with_pixels: bool, image_size: int
+    samples: Sequence[Sample],
+    *,
+    pad_id: int,
+    pad_multiple: int,
+    tokens_per_image: int,
+    with_pixels: bool,
+    image_size: int,
 ) -> Batch:
     """One micro-batch of samples, right padded to their longest, rounded up to a multiple of `pad_multiple`."""
     longest = max(len(sample.ids_S) for sample in samples)
@@ -124,10 +132,10 @@ class Loader:
         prefetch: int = 4,
         num_samples: int | None = None,
     ):
-        """`pad_multiple`: what sequence lengths are rounded up to; tp, for sequence parallel. `shuffle`: a new order every
-        epoch, or always the stored one. `num_workers`: processes that read and decode, each up to `prefetch`
-        micro-batches ahead; 0: in this process. `num_samples`: exactly these first samples of the order (all, where there
-        are fewer), each once; the last step is filled up with samples without tokens, on every rank alike.
+        """`pad_multiple`: what sequence lengths are rounded up to; tp, for sequence parallel. `shuffle`: a new order
+        every epoch, or always the stored one. `num_workers`: processes that read and decode, each up to `prefetch`
+        micro-batches ahead; 0: in this process. `num_samples`: exactly these first samples of the order (all, where
+        there are fewer), each once; the last step is filled up with samples without tokens, on every rank alike.
 
         Raises ConfigError where `global_batch` does not divide, DataError where the dataset is empty.
         """
@@ -226,9 +234,9 @@ class Loader:
 
     def _batches(self, micro_batches: Iterable[list[int]]) -> Iterator[Batch]:
         fetch = _Fetch(self.dataset, self._pad_id, self._pad_multiple)
-        results = DataLoader(
+        results: DataLoader[Any] = DataLoader(
             fetch,  # type: ignore[arg-type]
-            sampler=micro_batches,  # type: ignore[arg-type]
+            sampler=micro_batches,
             batch_size=None,  # `fetch` makes whole micro-batches
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch if self._num_workers else None,
@@ -251,7 +259,7 @@ class Loader:
 
 
 class _Fetch:
-    """Numbers of samples -> Batch, in a worker. A MegammError is returned: raised there, it would arrive as a traceback."""
+    """Numbers of samples -> Batch, in a worker. Returns a MegammError: raised there, it would arrive as a traceback."""
 
     def __init__(self, dataset: Dataset, pad_id: int, pad_multiple: int):
         self._dataset = dataset
@@ -272,5 +280,5 @@ class _Fetch:
             return error
 
 
-def _same(batch: Batch | MegammError) -> Batch | MegammError:
-    return batch
+def _same(result: Any) -> Any:
+    return result

@@ -87,7 +87,7 @@ def prepare(records: Iterable[Record | Fault], recipe: Recipe, workers: int) -> 
     with ProcessPoolExecutor(workers, initializer=_start, initargs=(recipe,)) as pool:
         try:
             while True:
-                # Bounded, so that pictures of records far ahead do not fill the memory while one slow chunk is waited for.
+                # Bounded: pictures of records far ahead must not fill the memory while a slow chunk is waited for.
                 while len(pending) < 4 * workers and (chunk := list(islice(stream, CHUNK))):
                     pending.append(pool.submit(_run, chunk))
                 if not pending:

@@ -44,9 +44,10 @@ class LlavaSource:
         self._items: list[Any] | None = None
         try:
             with path.open("rb") as file:
-                first = next((line.removeprefix(_BOM).lstrip() for line in file if line.removeprefix(_BOM).strip()), b"")
+                lines = (line.removeprefix(_BOM).strip() for line in file)
+                is_list = next(filter(None, lines), b"").startswith(b"[")
                 file.seek(0)
-                if first.startswith(b"["):
+                if is_list:
                     self._items = json.loads(file.read().removeprefix(_BOM))
                 self._length = sum(1 for line in file if line.strip()) if self._items is None else len(self._items)
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

@@ -12,7 +12,7 @@ from megamm.errors import DataError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """`first` question `reply` [`lead` answer `end`] `later` question `reply` [`lead` answer `end`] ...; [] carry loss."""
+    """`first` question `reply` [`lead` answer `end`] `later` question `reply` [`lead` answer `end`]; [] has loss."""
 
     first: str
     """In front of the first question, the system text included."""

@@ -19,7 +19,7 @@ SETTINGS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.js
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokenizer:
-    """A tokenizer as stock transformers loads it from a directory, so that training and stock inference see equal ids."""
+    """A tokenizer as stock transformers loads it from a directory: training and stock inference see the same ids."""
 
     name: str
     """File that holds the vocabulary, such as `tokenizer.model`."""
@@ -38,7 +38,7 @@ class Tokenizer:
     """tokenizers.Tokenizer: several times faster than the transformers wrapper around it, and the same ids."""
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
-        """Ids of `text`, special tokens written in it included. `bos`: put `bos_id` first, if this tokenizer does so."""
+        """Ids of `text`, special tokens written in it included. `bos`: with `bos_id` in front, where `adds_bos`."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else ids
 
@@ -84,7 +84,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         bos_id=loaded.bos_token_id,
         eos_id=loaded.eos_token_id,
         pad_id=next(token for token in spare if token is not None),
-        adds_bos=loaded.bos_token_id is not None and loaded("")["input_ids"][:1] == [loaded.bos_token_id],
+        adds_bos=loaded.bos_token_id is not None and backend.encode("").ids[:1] == [loaded.bos_token_id],
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         _backend=backend,
     )

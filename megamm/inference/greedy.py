@@ -16,7 +16,13 @@ from megamm.training.step import Stages, run_pipeline
 
 
 def greedy(
-    stages: Stages, prompts: Sequence[Sample], num_tokens: int, *, tokens_per_image: int, image_size: int, eos_id: int | None
+    stages: Stages,
+    prompts: Sequence[Sample],
+    num_tokens: int,
+    *,
+    tokens_per_image: int,
+    image_size: int,
+    eos_id: int | None,
 ) -> list[list[int]]:
     """The `num_tokens` most likely next tokens of each prompt; every rank must call it with the same prompts.
 

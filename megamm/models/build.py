@@ -4,24 +4,33 @@ from megatron.core import parallel_state
 
 from megamm import backend
 from megamm.models.options import VlmOptions
+from megamm.models.parameters import mark_partitions
 from megamm.models.spec import Build, PartConfigs
 from megamm.models.vlm import VLM
 from megamm.parallel.placement import Unit
+from megamm.weights.keymap import KeyMap
 
 
-def build_stages(options: VlmOptions, build: Build) -> list[VLM]:
-    """The virtual stages of this rank, on its device, weights not yet filled. Needs the process groups."""
+def build_stages(options: VlmOptions, build: Build, table: KeyMap) -> list[VLM]:
+    """The virtual stages of this rank, on its device, weights not yet filled. Needs the process groups.
+
+    table: any dialect of the model's; it says which parameters tensor parallelism cuts.
+    """
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     configs = PartConfigs.of(options, build)
     stages = [VLM(options, configs, build.layout.stage(pp_rank, k)) for k in range(build.layout.virtual)]
-    return [stage.to(backend.current().device) for stage in stages]
+    stages = [stage.to(backend.current().device) for stage in stages]
+    mark_partitions(stages, table)
+    return stages
 
 
-def units(options: VlmOptions, num_tokens: float, num_images: float, seq_length: float, bytes_per_value: int = 2) -> list[Unit]:
+def units(
+    options: VlmOptions, num_tokens: float, num_images: float, seq_length: float, bytes_per_value: int = 2
+) -> list[Unit]:
     """The model as a flat list, with what one micro-batch costs in each unit.
 
-    num_tokens: tokens of a micro-batch, visual ones counted; num_images: its pictures; seq_length: tokens that attend to
-    each other. A multiply-add counts as two FLOPs; causal attention counts half of the full square.
+    num_tokens: tokens of a micro-batch, visual ones counted; num_images: its pictures; seq_length: tokens that
+    attend to each other. A multiply-add counts as two FLOPs; causal attention counts half of the full square.
     """
     v, p, t = options.vision, options.projector, options.llm
     positions = v.num_positions * num_images

@@ -40,8 +40,8 @@ def read(config: dict[str, Any]) -> VlmOptions:
     strategy, layer = get("vision_feature_select_strategy"), get("vision_feature_layer")
     if strategy not in ("default", "full") or not isinstance(layer, int):
         raise CheckpointError(
-            f"config.json: vision_feature_select_strategy must be default or full and vision_feature_layer one integer, "
-            f"not {strategy!r} and {layer!r}"
+            f"config.json: vision_feature_select_strategy must be default or full and vision_feature_layer one "
+            f"integer, not {strategy!r} and {layer!r}"
         )
     vision = clip.from_hf(config["vision_config"], layer, keep_class_token=strategy == "full")
     llm = llama.from_hf(config["text_config"])
@@ -92,9 +92,7 @@ FAMILY = Family(
     read=read,
     write=write,
     keys={
-        "hf": partial(
-            _native, llm=_ON_DISK, projector="multi_modal_projector.", vision="vision_tower.vision_model."
-        ),
+        "hf": partial(_native, llm=_ON_DISK, projector="multi_modal_projector.", vision="vision_tower.vision_model."),
         "hf-4.52": partial(
             _native,
             llm=_IN_MEMORY,

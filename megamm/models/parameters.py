@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -30,6 +31,20 @@ def canonical_parameters(chunks: Iterable[VLM]) -> dict[str, Parameter]:
         if parameters:
             raise RuntimeError(f"parameters that megatron-core would not save: {sorted(parameters)}")
     return found
+
+
+def mark_partitions(chunks: Iterable[VLM], keymap: KeyMap) -> None:
+    """Say on each parameter which dimension tensor parallelism cuts, if any.
+
+    megatron-core says so itself only where it also draws the weights. Unmarked, a slice counts as a copy that every
+    rank has, and the global gradient norm leaves out all slices but the first.
+    """
+    for name, parameter in canonical_parameters(chunks).items():
+        dim = keymap[name].partition_dim
+        for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+            if hasattr(parameter, attribute):
+                delattr(parameter, attribute)
+        set_tensor_model_parallel_attributes(parameter, dim is not None, -1 if dim is None else dim, 1)
 
 
 @torch.no_grad()

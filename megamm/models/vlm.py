@@ -5,7 +5,8 @@ One `VLM` is one virtual stage of one pipeline rank: whatever run of the flat un
 behind the projector, hidden states [S, B, H] inside the llm (S divided by tp under sequence parallelism).
 """
 
-import torch
+from typing import Any
+
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -13,6 +14,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megamm.batch import IMAGE, Batch
+from megamm.models.layers.recompute import keep_gradient_path
 from megamm.models.llm.decoder import Decoder
 from megamm.models.options import VlmOptions
 from megamm.models.projector.layers import Projector
@@ -44,7 +46,7 @@ class VLM(MegatronModule):
             self.projector = Projector(options.projector, configs.projector)
         if stage.has("llm.embed") or stage.llm_layers or stage.has("llm.head"):
             self.llm = Decoder(options.llm, self.config, stage)
-        self._received: Tensor | None = None
+        self._received: Any = None
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take what the stage before sent; called by megatron-core's schedules ahead of every forward."""
@@ -70,6 +72,7 @@ class VLM(MegatronModule):
     def place(self, visual_PIH: Tensor, batch: Batch) -> Tensor:
         """Embed the ids and write each visual token where its IMAGE id stands -> [S, B, H], scattered under sequence
         parallelism. A visual token that is placed nowhere gets a zero gradient, so nothing goes missing."""
+        assert self.llm is not None
         ids_BS = batch.ids_BS.masked_fill(batch.ids_BS == IMAGE, 0)
         text_SBH = self.llm.embedding(input_ids=ids_BS, position_ids=batch.positions_BS)
         length, size, width = text_SBH.shape
@@ -80,6 +83,8 @@ class VLM(MegatronModule):
 
     def decode(self, x_SBH: Tensor, batch: Batch, keep_logits: bool) -> Tensor:
         """The llm's layers of this stage, and head and loss where they live here."""
+        assert self.llm is not None
+        x_SBH = keep_gradient_path(x_SBH, self.llm.decoder)
         if not self.llm.pre_process:
             self.llm.set_input_tensor(x_SBH)
         return self.llm(

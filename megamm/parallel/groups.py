@@ -7,7 +7,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megamm import backend
 from megamm.config.schema import Parallel
@@ -36,6 +35,11 @@ def local_rank() -> int:
 def world_size() -> int:
     """Number of processes that torchrun started; 1 without torchrun. Known before any process group exists."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks for the run; known before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def start_distributed(timeout_s: float = 1800.0) -> None:
@@ -68,7 +72,7 @@ def start(parallel: Parallel, seed: int = 0) -> Ranks:
         get_embedding_ranks=lambda pp_ranks, *_: [pp_ranks[0]],
         get_position_embedding_ranks=lambda pp_ranks, *_: [pp_ranks[0]],
     )
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    backend.seed_ranks(seed)
     return Ranks(
         world=world,
         rank=dist.get_rank(),

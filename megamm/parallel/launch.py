@@ -16,6 +16,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -91,12 +92,12 @@ class RankPool:
                 self._world = world
             return self._call(function, args, world, timeout_s or self.timeout_s)
         except BaseException:
-            self.close()  # ranks that still wait for the one that failed would wait for ever
+            self.close(patience_s=0.0)  # ranks that still wait for the one that failed would wait for ever
             raise
 
-    def close(self) -> None:
-        """Stop all ranks, whatever they are doing."""
-        _stop(self._workers)
+    def close(self, patience_s: float = 5.0) -> None:
+        """Stop all ranks; those still busy after `patience_s` are killed."""
+        _stop(self._workers, patience_s)
         self._world, self._store = 0, None
 
     def __enter__(self) -> Self:
@@ -165,17 +166,25 @@ class RankPool:
         time.sleep(0.5)
 
 
-def _stop(workers: list[_Worker]) -> None:
+def _stop(workers: list[_Worker], patience_s: float = 0.0) -> None:
+    """Idle ranks end by themselves when their connection closes, and take their own children along: megatron-core's
+    checkpoint writer leaves some. Those that are not gone within `patience_s` are killed with all their children."""
     for worker in workers:
-        worker.process.kill()
-    for worker in workers:
-        worker.process.join()
         worker.connection.close()
+    deadline = time.monotonic() + patience_s
+    for worker in workers:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+    for worker in workers:
+        if worker.process.pid is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(worker.process.pid, signal.SIGKILL)
+        worker.process.join()
     workers.clear()
 
 
 def _serve(connection: Connection) -> None:
     """The life of one rank: run what arrives and report, until the parent closes the connection or is gone."""
+    os.setsid()  # a group of its own, so that its children can be stopped with it
     faulthandler.register(signal.SIGUSR1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops us
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -217,4 +226,4 @@ def _die_with_parent(parent: int) -> None:
     """A rank that waits in a collective does not notice that its parent was killed; this thread does."""
     while os.getppid() == parent:
         time.sleep(1.0)
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)

@@ -1,1 +1,1 @@
-"""Training: one step, the loop around it, optimizer, checkpoints, evaluation and what is reported. Read step.py first."""
+"""Training: one step, the loop around it, optimizer, checkpoints, evaluation, reports. Read step.py first."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: weights, optimizer, schedule and data position, written aside and renamed, loadable at any layout.
+"""Checkpoints of a run: weights, optimizer, schedule and data position. Written aside, renamed, loaded at any layout.
 
 A checkpoint `step_XXXXXXXX/` holds megatron's `torch_dist` files with global tensors under canonical names, and beside
 them what megamm/weights/convert.py describes, so that every tool reads it as it reads an imported one.
@@ -9,16 +9,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.nn import Module
 
 from megamm.errors import CheckpointError
+from megamm.models.vlm import VLM
 from megamm.weights.convert import CheckpointInfo, copy_side_files, read_info, write_info
 
 RECIPE = "recipe.json"
@@ -32,7 +33,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 class RunState:
     """What a checkpoint holds of a run; the stages are behind DDP."""
 
-    stages: Sequence[Module]
+    stages: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
 
@@ -91,13 +92,21 @@ def load(path: Path, state: RunState, info: CheckpointInfo) -> tuple[int, dict[s
     _check_same_model(path, info)
     loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
     for k, stage in enumerate(state.stages):
-        stage.module.load_state_dict(loaded[f"stage{k}"])
+        cast(VLM, stage.module).load_state_dict(loaded[f"stage{k}"])
+    configured = [_settings(group) for group in state.optimizer.param_groups]
     state.optimizer.load_state_dict(loaded["optimizer"])
+    for group, settings in zip(state.optimizer.param_groups, configured, strict=True):
+        group.update(settings)
     state.schedule.load_state_dict(loaded["schedule"])
     return loaded["step"], loaded["data"]
 
 
-def load_weights(path: Path, stages: Sequence[Module], info: CheckpointInfo) -> None:
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration of this run says of a group; what the checkpoint says of it must not win."""
+    return {key: group[key] for key in ("max_lr", "min_lr", "wd_mult", "betas", "eps") if key in group}
+
+
+def load_weights(path: Path, stages: Sequence[VLM], info: CheckpointInfo) -> None:
     """Load only the weights, from an imported checkpoint or one of another run, into stages not yet behind DDP."""
     _check_same_model(path, info)
     sharded = {f"stage{k}": _weights(stage) for k, stage in enumerate(stages)}
@@ -106,13 +115,13 @@ def load_weights(path: Path, stages: Sequence[Module], info: CheckpointInfo) -> 
         stage.load_state_dict(loaded[f"stage{k}"], strict=False)
 
 
-def _weights(stage: Module) -> dict[str, Any]:
+def _weights(stage: VLM) -> dict[str, Any]:
     """Without Transformer Engine's FP8 statistics, which an imported checkpoint does not have."""
     return {k: v for k, v in stage.sharded_state_dict().items() if not isinstance(v, ShardedObject)}
 
 
 def _sharded(state: RunState, *, is_loading: bool) -> dict[str, Any]:
-    stages = {f"stage{k}": stage.module.sharded_state_dict() for k, stage in enumerate(state.stages)}
+    stages = {f"stage{k}": cast(VLM, stage.module).sharded_state_dict() for k, stage in enumerate(state.stages)}
     optimizer = state.optimizer.sharded_state_dict(stages, is_loading=is_loading, metadata=_METADATA)
     return {**stages, "optimizer": optimizer, "schedule": state.schedule.state_dict()}
 

@@ -62,7 +62,7 @@ def _store_bucket_padding(stage: DistributedDataParallel) -> None:
 def build_optimizer(optim: Optim, stages: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW over the trainable parameters of this rank; state is split over data parallel ranks.
 
-    Biases and norms (one-dimensional parameters) are never decayed. A part's own learning rate is a group of its own.
+    Biases and norms (one-dimensional parameters) are never decayed. Every part of the model is a group of its own.
     """
     dtype = stages[0].config.params_dtype
     config = OptimizerConfig(
@@ -79,13 +79,16 @@ def build_optimizer(optim: Optim, stages: Sequence[DistributedDataParallel]) -> 
         use_distributed_optimizer=True,
     )
     overrides = get_standard_config_overrides(config)
-    for part in PARTS:
+    for k, part in enumerate(PARTS):
         lr = getattr(optim, f"{part}_lr")
-        if lr is not None:
-            overrides[ParamKey(name=(f"{part}.*", f"module.{part}.*"))] = {
-                "max_lr": lr,
-                "min_lr": min(optim.min_lr, lr),
-            }
+        lr = optim.lr if lr is None else lr
+        # megatron-core finds a stored group again by its multipliers, and no more by its learning rate: without a number
+        # of its own here, a part would get another part's state. Nothing multiplies with lr_mult any more.
+        overrides[ParamKey(name=(f"{part}.*", f"module.{part}.*"))] = {
+            "max_lr": lr,
+            "min_lr": min(optim.min_lr, lr),
+            "lr_mult": k + 1.0,
+        }
     return get_megatron_optimizer(config, list(stages), config_overrides=overrides, use_gloo_process_groups=False)
 
 

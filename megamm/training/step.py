@@ -5,8 +5,9 @@ micro-batch size nor the layout changes the result.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,8 @@ from torch import Tensor
 from megamm import backend
 from megamm.batch import IGNORE, Batch
 
-Stages = Sequence[torch.nn.Module]
+Stages = Sequence[Any]
+"""The virtual stages of this rank, in pipeline order, each a VLM behind DDP or bare."""
 Reduce = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
@@ -51,7 +53,7 @@ def train_step(stages: Stages, optimizer: MegatronOptimizer, batches: Sequence[B
 
 
 def forward_step(
-    iterator: Iterator[Batch], stage: torch.nn.Module, reduce: Reduce | None = None, keep_logits: bool = False
+    iterator: Iterator[Batch], stage: Any, reduce: Reduce | None = None, keep_logits: bool = False
 ) -> tuple[Tensor, Reduce]:
     """One micro-batch through one stage; on the last stage the schedule then calls the returned reduction."""
     batch = to_device(next(iterator))
@@ -60,7 +62,7 @@ def forward_step(
 
 
 def token_loss(batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Loss of every position, float32 [B, S] -> (sum over targets, number of targets as int32, the same for the log)."""
+    """Loss of every position, float32 [B, S] -> (sum over targets, their number as int32, the same for the log)."""
     is_target = batch.targets_BS != IGNORE
     # where, not a product: a position without a target may hold an infinite loss.
     total = torch.where(is_target, loss_BS, 0.0).sum()
@@ -114,6 +116,6 @@ def mean_loss(reduced: Sequence[dict[str, Tensor]]) -> tuple[float, int]:
 def to_device(batch: Batch) -> Batch:
     """The batch on this process's device; copies from pinned memory overlap with compute."""
     device = backend.current().device
-    tensors = ("ids_BS", "targets_BS", "positions_BS", "pixels_I3HW", "slots_K", "rows_K")
-    moved = {name: getattr(batch, name) for name in tensors}
-    return replace(batch, **{k: None if v is None else v.to(device, non_blocking=True) for k, v in moved.items()})
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    moved = {k: x.to(device, non_blocking=True) for k, x in values.items() if isinstance(x, Tensor)}
+    return Batch(**{**values, **moved})

@@ -18,7 +18,7 @@ from megamm.parallel.launch import RankPool
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    with RankPool(3, timeout_s=300.0) as pool:
+    with RankPool(2, timeout_s=300.0) as pool:
         yield pool
 
 
@@ -70,19 +70,17 @@ def exists(pid: int) -> bool:
 
 def test_one_pool_serves_cases_of_several_sizes(pool: RankPool) -> None:
     first = pool.run(sum_of_ranks, 10)
-    assert [result[:2] for result in first] == [(33, 3)] * 3
-    fewer = pool.run(sum_of_ranks, 0, ranks=2)
-    assert [result[:2] for result in fewer] == [(1, 2)] * 2
+    assert [result[:2] for result in first] == [(21, 2)] * 2
     alone = pool.run(sum_of_ranks, 5, ranks=1)
     assert [result[:2] for result in alone] == [(5, 1)]
     again = pool.run(sum_of_ranks, 20)
-    assert [result[:2] for result in again] == [(63, 3)] * 3
+    assert [result[:2] for result in again] == [(41, 2)] * 2
     assert [pid for *_, pid in again] == [pid for *_, pid in first]  # no process was started anew
-    assert [pid for *_, pid in fewer] == [pid for *_, pid in first][:2]
+    assert alone[0][-1] == first[0][-1]
 
 
 def test_ranks_see_what_torchrun_would_tell_them(pool: RankPool) -> None:
-    for rank, seen in enumerate(pool.run(environment, ranks=2)):
+    for rank, seen in enumerate(pool.run(environment)):
         assert (seen["RANK"], seen["LOCAL_RANK"], seen["WORLD_SIZE"]) == (str(rank), str(rank), "2")
         assert seen["MASTER_ADDR"] == "127.0.0.1"
         assert (seen["OMP_NUM_THREADS"], seen["threads"]) == ("1", "1")
@@ -97,7 +95,7 @@ def test_an_exception_of_one_rank_arrives_whole_and_stops_the_others(pool: RankP
     assert note.startswith("on rank 1:")
     assert "in raise_on_rank_1" in note
     assert not any(exists(pid) for pid in pids)
-    assert [result[:2] for result in pool.run(sum_of_ranks, 1)] == [(6, 3)] * 3  # and the pool is good again
+    assert [result[:2] for result in pool.run(sum_of_ranks, 1)] == [(3, 2)] * 2  # and the pool is good again
 
 
 def test_a_rank_that_dies_is_reported() -> None:

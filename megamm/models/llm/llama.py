@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
 
 _LAYER = "model.layers.{i}."
 _ATTENTION = _LAYER + "self_attn."
-ROWS = (
+ROWS: tuple[Row | Keep, ...] = (
     Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), tp="vocab"),
     Row("decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight", (_LAYER + "input_layernorm.weight",)),
     Row(

@@ -23,12 +23,8 @@ class Projector(MegatronModule):
             )
             return
         common = dict(config=config, init_method=config.init_method, bias=True, skip_bias_add=False, is_expert=False)
-        self.linear_1 = current.layers.column_linear(
-            options.in_size, options.out_size, gather_output=False, **common
-        )
-        self.linear_2 = current.layers.row_linear(
-            options.out_size, options.out_size, input_is_parallel=True, **common
-        )
+        self.linear_1 = current.layers.column_linear(options.in_size, options.out_size, gather_output=False, **common)
+        self.linear_2 = current.layers.row_linear(options.out_size, options.out_size, input_is_parallel=True, **common)
 
     def forward(self, x_PIH: Tensor) -> Tensor:
         """[P, I, hv] -> [P, I, H]; whole on every tensor parallel rank."""

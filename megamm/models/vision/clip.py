@@ -55,7 +55,7 @@ def block_rows() -> tuple[Row, ...]:
     return tuple(rows)
 
 
-ROWS = (
+ROWS: tuple[Row | Keep, ...] = (
     Row("class_token", ("embeddings.class_embedding",)),
     Row("patch_embedding.weight", ("embeddings.patch_embedding.weight",)),
     Row("position_embedding", ("embeddings.position_embedding.weight",)),

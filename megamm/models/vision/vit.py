@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor
 
 from megamm import backend
+from megamm.models.layers.recompute import keep_gradient_path
 from megamm.models.options import VisionOptions
 from megamm.models.spec import layer_spec
 from megamm.parallel.placement import Stage
@@ -60,7 +61,7 @@ class VisionTower(MegatronModule):
         if self.has_embedding:
             x = self.embed(x)
         if self.transformer is not None:
-            x = self.transformer(hidden_states=x, attention_mask=None)
+            x = self.transformer(hidden_states=keep_gradient_path(x, self.transformer), attention_mask=None)
         return x
 
     def embed(self, pixels_I3HW: Tensor) -> Tensor:

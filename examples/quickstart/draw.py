@@ -1,0 +1,111 @@
+"""Draw captioned pictures: one shape of one colour at one of nine places, 216 captions. Some are never trained on.
+
+Writes OUTPUT/train.json and OUTPUT/heldout.json (LLaVA conversations) and OUTPUT/images/. The same seed draws the same.
+"""
+
+import argparse
+import json
+import random
+from itertools import product
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (225, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (40, 70, 230),
+    "yellow": (240, 215, 40),
+    "purple": (150, 60, 180),
+    "black": (20, 20, 20),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+"""Row by row, cells of a 3 x 3 grid."""
+
+QUESTION = "What is in the picture?"
+SIZE = 96
+"""Side of a picture in pixels."""
+FINE = 4
+"""Drawn so many times larger, then scaled down: smooth edges."""
+
+Thing = tuple[str, str, str]
+"""Colour, shape, place."""
+
+THINGS: list[Thing] = list(product(COLOURS, SHAPES, PLACES))
+UNSEEN: set[Thing] = {
+    (colour, shape, place)
+    for (i, colour), (j, shape), (k, place) in product(enumerate(COLOURS), enumerate(SHAPES), enumerate(PLACES))
+    if (i + 2 * j + 3 * k) % 12 == 0
+}
+"""Never drawn for training, though each colour, shape and place is, in other company."""
+
+
+def caption(thing: Thing) -> str:
+    """What the picture shows, as the model must say it."""
+    colour, shape, place = thing
+    return f"a {colour} {shape} at the {place}"
+
+
+def picture(thing: Thing, rng: random.Random) -> Image.Image:
+    """RGB, SIZE x SIZE. Size, exact place, colour and background vary, so no two pictures are the same."""
+    colour, shape, place = thing
+    grey = rng.randint(200, 240)
+    image = Image.new("RGB", (SIZE * FINE, SIZE * FINE), tuple(grey + rng.randint(-12, 12) for _ in range(3)))
+    row, column = divmod(PLACES.index(place), 3)
+    cell = SIZE * FINE / 3
+    x, y = ((index + 0.5 + rng.uniform(-0.1, 0.1)) * cell for index in (column, row))
+    r = rng.uniform(0.3, 0.44) * cell
+    fill = tuple(max(0, min(255, value + rng.randint(-15, 15))) for value in COLOURS[colour])
+    pen = ImageDraw.Draw(image)
+    if shape == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif shape == "square":
+        pen.rectangle((x - r, y - r, x + r, y + r), fill=fill)
+    elif shape == "triangle":
+        pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=fill)
+    else:
+        pen.rectangle((x - r, y - 0.4 * r, x + r, y + 0.4 * r), fill=fill)
+        pen.rectangle((x - 0.4 * r, y - r, x + 0.4 * r, y + r), fill=fill)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def draw(output: Path, num_train: int, num_heldout: int, seed: int) -> None:
+    """Draw both sets. A quarter of the held-out pictures shows things of UNSEEN, the others things trained on."""
+    rng = random.Random(seed)
+    seen, unseen = [thing for thing in THINGS if thing not in UNSEEN], sorted(UNSEEN)
+    num_unseen = num_heldout // 4
+    (output / "images").mkdir(parents=True)
+    sets = {
+        "train": [rng.choice(seen) for _ in range(num_train)],
+        "heldout": [rng.choice(unseen) for _ in range(num_unseen)]
+        + [rng.choice(seen) for _ in range(num_heldout - num_unseen)],
+    }
+    for name, things in sets.items():
+        samples = []
+        for i, thing in enumerate(things):
+            file = f"{name}-{i:05}.jpg"
+            picture(thing, rng).save(output / "images" / file, quality=95)
+            samples.append(
+                {
+                    "id": f"{name}-{i:05}",
+                    "image": file,
+                    "unseen": thing in UNSEEN,
+                    "conversations": [
+                        {"from": "human", "value": f"<image>\n{QUESTION}"},
+                        {"from": "gpt", "value": caption(thing)},
+                    ],
+                }
+            )
+        (output / f"{name}.json").write_text(json.dumps(samples, indent=1) + "\n")
+    print(f"{output}: {num_train} pictures to train on and {num_heldout} held out, {num_unseen} of these of unseen things")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart/data"))
+    parser.add_argument("--num-train", type=int, default=4000)
+    parser.add_argument("--num-heldout", type=int, default=160)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    draw(options.output, options.num_train, options.num_heldout, options.seed)

@@ -1,0 +1,26 @@
+"""Make what a training run starts from: a tokenizer and a random tiny LLaVA, as a Hugging Face directory."""
+
+import argparse
+import json
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from megamm.testing.tiny import tiny_llava
+
+
+def texts(data: Path) -> list[str]:
+    """All that is said in LLaVA conversations, less the image markers: what the tokenizer is trained on."""
+    samples = json.loads(data.read_text())
+    return [turn["value"].replace("<image>", "").strip() for sample in samples for turn in sample["conversations"]]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data/train.json"))
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart/hf"))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    disable_progress_bar()
+    tiny_llava(options.output, texts=texts(options.data), seed=options.seed)
+    print(f"{options.output}: a tiny LLaVA with random weights")

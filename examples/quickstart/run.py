@@ -1,0 +1,68 @@
+"""The whole way in a few minutes on two CPU cores: data, model, training, export, captions, report.
+
+Runs the commands that a user would type, prints each before it runs, and stops at the first that fails. What an earlier
+quickstart wrote to the same folder is removed first.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = ("llava",)
+
+
+def commands(run: str, family: str) -> list[str]:
+    """The command lines, in order; `run` is the folder to work in, relative to the repository."""
+    return [
+        f"python examples/quickstart/draw.py --output {run}/data",
+        f"python examples/quickstart/make_model.py --data {run}/data/train.json --output {run}/hf",
+        f"python data_tools/preprocess.py --input {run}/data/train.json --image-dir {run}/data/images "
+        f"--family {family} --tokenizer {run}/hf --output {run}/data/train",
+        f"python tools/checkpoint/hf_to_megatron.py --hf {run}/hf --output {run}/start",
+        "torchrun --standalone --nproc-per-node 4 -m megamm.train examples/quickstart/recipe.py",
+        f"python tools/checkpoint/megatron_to_hf.py --checkpoint {run}/train/STEP --output {run}/export",
+        f"python examples/quickstart/caption.py --model {run}/export --data {run}/data --output {run}/captions.json",
+        f"python examples/quickstart/report.py --log {run}/train/log.jsonl --captions {run}/captions.json "
+        f"--output {run}/report.png",
+    ]
+
+
+def resolve(command: str, run: Path) -> list[str]:
+    """Words of a command line: programs of this interpreter's environment, STEP the newest checkpoint of the run."""
+    if "STEP" in command:
+        command = command.replace("STEP", max(path.name for path in (run / "train").glob("step_????????")))
+    program, *words = shlex.split(command)
+    module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[program]
+    return [sys.executable, *module, *words]
+
+
+def main(family: str) -> int:
+    """Run all steps; the exit status of the first that fails, else 0."""
+    name = "quickstart" if family == "llava" else f"quickstart-{family}"
+    run = ROOT / "runs" / name
+    shutil.rmtree(run, ignore_errors=True)
+    # One thread per process: torchrun starts four for two cores.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    started = time.perf_counter()
+    for command in commands(f"runs/{name}", family):
+        print(f"\n$ {command}", flush=True)
+        begun = time.perf_counter()
+        code = subprocess.run(resolve(command, run), cwd=ROOT, env=environment, check=False).returncode
+        if code:
+            print(f"\nerror: the command above ended with exit status {code}", file=sys.stderr)
+            return code
+        print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
+    print(f"\ndone in {time.perf_counter() - started:.0f} s; look at runs/{name}/report.png")
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="llava", help="family of models to run through")
+    sys.exit(main(parser.parse_args().family))

@@ -1,0 +1,192 @@
+"""Tiny Hugging Face checkpoints made on the spot: tokenizer, processor, configuration and random weights.
+
+For tests, examples and benchmarks that must not download anything. Nothing here trains, and training imports nothing
+from here. Beside data/tokenizer.py, the only place that imports transformers.
+"""
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+import torch
+from tokenizers import AddedToken
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from megamm.data.template import Template, template
+from megamm.weights.hf import new_directory
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+
+
+def tiny_llava(
+    directory: str | Path,
+    *,
+    texts: Iterable[str],
+    vocab_size: int = 512,
+    image_size: int = 48,
+    patch_size: int = 16,
+    vision_width: int = 64,
+    vision_mlp: int = 256,
+    vision_layers: int = 3,
+    vision_heads: int = 4,
+    width: int = 64,
+    mlp: int = 160,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    max_positions: int = 2048,
+    template_name: str = "v1",
+    seed: int = 0,
+) -> None:
+    """Write a random LLaVA-1.5 in the native layout of transformers, float32, with everything that it takes to run it.
+
+    `texts` train the tokenizer, the words of the conversation format added to them. `vocab_size` is the number of rows
+    of the embedding table, of which the tokenizer fills at most all. Sizes are those of config.json: widths and `mlp`s
+    in channels, `vision_layers` counts the last layer, whose output LLaVA does not use. `directory` must not exist yet,
+    or be empty. The chat template is that of `template_name`, so stock inference prompts as training does.
+    """
+    form = template(template_name)
+    with new_directory(directory) as aside:
+        tokenizer = _write_tokenizer(aside, [*texts, *_words(form)], vocab_size)
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=vision_width,
+                intermediate_size=vision_mlp,
+                num_hidden_layers=vision_layers,
+                num_attention_heads=vision_heads,
+                image_size=image_size,
+                patch_size=patch_size,
+                projection_dim=vision_width,
+            ),
+            text_config=LlamaConfig(
+                vocab_size=vocab_size,
+                hidden_size=width,
+                intermediate_size=mlp,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                max_position_embeddings=max_positions,
+                rms_norm_eps=1e-5,
+                pad_token_id=tokenizer.pad_token_id,
+            ),
+            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            image_seq_length=(image_size // patch_size) ** 2,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
+        model = LlavaForConditionalGeneration(config)
+        _draw(model, seed)
+        model.generation_config.eos_token_id = config.text_config.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(aside)
+        LlavaProcessor(
+            image_processor=CLIPImageProcessor(
+                size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+            ),
+            tokenizer=tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,  # the class token, which "default" takes away again
+            image_token=IMAGE_TOKEN,
+            chat_template=_chat_template(form),
+        ).save_pretrained(aside)
+        _keep_legacy(aside)
+
+
+def tiny_tokenizer(directory: str | Path, texts: Iterable[str], *, vocab_size: int = 512) -> None:
+    """Write a SentencePiece tokenizer as Llama's: BPE with byte fallback, ids 0, 1, 2 for unk, bos, eos, and behind its
+    pieces `<image>` and `<pad>`, as llava-hf adds them. At most `vocab_size` tokens in all. `directory` must be new."""
+    with new_directory(directory) as aside:
+        _write_tokenizer(aside, list(texts), vocab_size)
+
+
+def _write_tokenizer(directory: Path, texts: list[str], vocab_size: int) -> LlamaTokenizer:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in texts for line in text.splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size - 2,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": True, **special})
+    )
+    # Not LlamaTokenizer(vocab_file=...), which transformers 5.23 takes in silence and gives three tokens.
+    tokenizer = LlamaTokenizer.from_pretrained(str(directory), local_files_only=True)
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, normalized=False, special=True)})
+    tokenizer.save_pretrained(directory)
+    _keep_legacy(directory)
+    return tokenizer
+
+
+def _keep_legacy(directory: Path) -> None:
+    # transformers 5.23 does not write `legacy` back and then takes it for false: the text behind <image> would lose the
+    # leading space that it has where a text is cut at its markers first, as LLaVA does.
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "legacy": True}, indent=2) + "\n")
+
+
+def _words(form: Template) -> list[str]:
+    # Many times over, so that the long text in front of every question becomes whole words.
+    return 8 * [form.first, form.later, form.reply]
+
+
+def _chat_template(form: Template) -> str:
+    """Jinja for messages whose contents are lists of image and text items, the image first."""
+    first, later, reply, lead, end = map(json.dumps, (form.first, form.later, form.reply, form.lead, form.end))
+    return (
+        "{%- for message in messages -%}"
+        "{%- if message.role == 'user' -%}"
+        f"{{{{ {first} if loop.first else {later} }}}}"
+        "{%- for item in message.content if item.type == 'image' -%}{{ '" + IMAGE_TOKEN + "\\n' }}{%- endfor -%}"
+        "{%- for item in message.content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}"
+        f"{{{{ {reply} }}}}"
+        "{%- else -%}"
+        f"{{{{ {lead} }}}}"
+        "{%- for item in message.content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}"
+        f"{{{{ {end} }}}}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+    )
+
+
+@torch.no_grad()
+def _draw(model: torch.nn.Module, seed: int) -> None:
+    """Weights that let a narrow model learn fast: every matrix keeps its input's variance, and positions stand out.
+
+    The published 0.02 is made for widths of thousands; at 64 channels the picture would be lost in the residual stream.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "position_embedding" in name or "class_embedding" in name:
+            parameter.normal_(0, 1, generator=generator)
+        elif "embed_tokens" in name:
+            parameter.normal_(0, 0.02, generator=generator)
+        elif parameter.dim() > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)

@@ -1,0 +1,159 @@
+import io
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+from megamm.data.faults import SampleFault
+from megamm.data.image import ImageFormat, decode, to_pixels, verify
+
+CLIP = ImageFormat(
+    size=336,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    tokens=576,
+)
+SIGLIP = ImageFormat(size=384, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash", tokens=729)
+OWLEVAL = Path(os.environ.get("MEGAMM_OWLEVAL", Path(__file__).parents[3] / "shared" / "data" / "owleval"))
+
+
+def smooth(size, seed=0):
+    """A picture with gradients, edges and noise, so that chroma handling and resampling matter."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    rgb = np.stack([x * 255 // width, y * 255 // height, (x // 7 + y // 5) % 2 * 200], axis=-1)
+    noise = np.random.default_rng(seed).integers(0, 40, rgb.shape)
+    return Image.fromarray((rgb + noise).clip(0, 255).astype(np.uint8))
+
+
+def coded(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pillow(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def palette_with_transparency():
+    picture = smooth((40, 30)).quantize(16)
+    return coded(picture, "PNG", transparency=3)
+
+
+def sixteen_bit():
+    return coded(Image.fromarray((np.arange(1200).reshape(30, 40) * 50).astype(np.uint16)), "PNG")
+
+
+EXIF = Image.Exif()
+EXIF[274] = 6  # orientation: turn by 90 degrees
+
+KINDS = {
+    "jpeg_420": coded(smooth((61, 47)), "JPEG", subsampling="4:2:0"),
+    "jpeg_422": coded(smooth((61, 47)), "JPEG", subsampling="4:2:2"),
+    "jpeg_444": coded(smooth((61, 47)), "JPEG", subsampling="4:4:4", quality=98),
+    "jpeg_progressive": coded(smooth((200, 33)), "JPEG", progressive=True),
+    "jpeg_one_pixel": coded(smooth((1, 1)), "JPEG"),
+    "jpeg_grey": coded(smooth((50, 40)).convert("L"), "JPEG"),
+    "jpeg_cmyk": coded(smooth((50, 40)).convert("CMYK"), "JPEG"),
+    "jpeg_exif_orientation": coded(smooth((50, 40)), "JPEG", exif=EXIF),
+    "jpeg_with_a_tail": coded(smooth((50, 40)), "JPEG") + b"trailing bytes",
+    "png": coded(smooth((50, 40)), "PNG"),
+    "png_alpha": coded(smooth((50, 40)).convert("RGBA"), "PNG"),
+    "png_grey_alpha": coded(smooth((50, 40)).convert("LA"), "PNG"),
+    "png_one_bit": coded(smooth((50, 40)).convert("1"), "PNG"),
+    "png_palette_transparency": palette_with_transparency(),
+    "png_16_bit": sixteen_bit(),
+    "webp": coded(smooth((50, 40)), "WEBP"),
+    "bmp": coded(smooth((50, 40)), "BMP"),
+    "gif_animated": coded(smooth((50, 40)), "GIF", save_all=True, append_images=[smooth((50, 40), seed=1)]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_is_pillows_convert(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's advice about transparency in a palette
+        assert np.array_equal(decode(KINDS[kind]), pillow(KINDS[kind]))
+        verify(KINDS[kind])
+
+
+BROKEN = {
+    "empty": b"",
+    "html": b"<html><body>404</body></html>",
+    "jpeg_half": KINDS["jpeg_444"][: len(KINDS["jpeg_444"]) // 2],
+    "jpeg_last_bytes_gone": KINDS["jpeg_420"][:-30],
+    "jpeg_header_only": KINDS["jpeg_420"][:20],
+    "jpeg_cmyk_half": KINDS["jpeg_cmyk"][: len(KINDS["jpeg_cmyk"]) // 2],
+    "png_half": KINDS["png"][: len(KINDS["png"]) // 2],
+    "gif_cut": KINDS["gif_animated"][:30],
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n",
+    "format_of_no_photograph": coded(smooth((50, 40)), "PCX"),  # Pillow could read it, and ghostscript the one above
+    "png_bomb": coded(Image.new("1", (50_000, 50_000)), "PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("function", [decode, verify])
+def test_broken_pictures_are_faults(kind, function):
+    with pytest.raises(SampleFault) as fault:
+        function(BROKEN[kind])
+    assert fault.value.reason == "image_broken"
+
+
+def test_jpeg_bomb_is_refused_from_its_header():
+    data = bytearray(KINDS["jpeg_420"])
+    at = data.index(b"\xff\xc0") + 5  # height and width of the frame
+    data[at : at + 4] = b"\xea\x60\xea\x60"
+    for function in (decode, verify):
+        with pytest.raises(SampleFault, match="60000 x 60000 pixels"):
+            function(bytes(data))
+
+
+def expand_to_square(picture, processor):
+    """LLaVA's expand2square (llava_family.md 3.7), transcribed."""
+    width, height = picture.size
+    if width == height:
+        return picture
+    side, colour = max(width, height), tuple(int(255 * mean) for mean in processor.image_mean)
+    canvas = Image.new("RGB", (side, side), colour)
+    canvas.paste(picture, (0, (width - height) // 2) if width > height else ((height - width) // 2, 0))
+    return canvas
+
+
+PROCESSORS = {
+    "clip": (CLIP, CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})),
+    "siglip": (SIGLIP, SiglipImageProcessorPil(size={"height": 384, "width": 384})),
+}
+
+
+@pytest.mark.parametrize("tower", PROCESSORS)
+@pytest.mark.parametrize("size", [(400, 300), (301, 400), (336, 336), (97, 640), (1, 3), (20, 20)])
+def test_pixels_equal_the_published_processor(tower, size):
+    image_format, processor = PROCESSORS[tower]
+    picture = smooth(size)
+    rgb = np.asarray(picture)
+    for aspect, source in (("pad", expand_to_square(picture, processor)), ("square", picture)):
+        expected = processor(source, return_tensors="pt", resample=Image.Resampling.BICUBIC)["pixel_values"][0]
+        found = to_pixels(rgb, replace(image_format, aspect=aspect))
+        assert found.dtype == torch.float32 and found.is_contiguous()
+        assert torch.equal(found, expected.to(torch.float32)) or (found - expected).abs().max() < 1e-6
+
+
+def test_real_photographs_equal_the_published_processor():
+    if not OWLEVAL.is_dir():
+        pytest.skip(f"no OwlEval pictures at {OWLEVAL}; set MEGAMM_OWLEVAL")
+    files = sorted((OWLEVAL / "images").iterdir())
+    for file in files[::8]:
+        data = file.read_bytes()
+        rgb = decode(data)
+        assert np.array_equal(rgb, pillow(data))
+        source = expand_to_square(Image.fromarray(rgb), PROCESSORS["clip"][1])
+        expected = PROCESSORS["clip"][1](source, return_tensors="pt")["pixel_values"][0]
+        assert (to_pixels(rgb, CLIP) - expected).abs().mean() <= 1e-6

@@ -1,0 +1,250 @@
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from megamm.batch import IGNORE, IMAGE
+from megamm.data.image import ImageFormat, decode, to_pixels
+from megamm.data.indexed import Writer
+from megamm.data.loader import FILLER, Dataset, Loader, collate
+from megamm.errors import ConfigError, DataError
+
+TOKENS, SIZE, PAD = 4, 8, 0
+FORMAT = ImageFormat(size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), tokens=TOKENS)
+
+
+def dataset(prefix, max_tokens=100, with_pixels=True):
+    return Dataset(prefix, FORMAT, max_tokens, with_pixels)
+
+
+def loader(prefix, **options):
+    defaults = {"dp_rank": 0, "dp_size": 1, "micro_batch": 1, "global_batch": 4, "pad_id": PAD}
+    source = options.pop("dataset", None) or dataset(prefix)
+    return Loader(source, **(defaults | options))
+
+
+def first_ids(step):
+    """Which samples a step holds: in `make_dataset` the first id of a sample is its name."""
+    return [row[0].item() for batch in step for row in batch.ids_BS if row[0] != PAD]
+
+
+def take(source, steps):
+    stream = iter(source)
+    return [next(stream) for _ in range(steps)]
+
+
+def same(a, b):
+    names = ("ids_BS", "targets_BS", "slots_K", "rows_K")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def collated(samples, **options):
+    defaults = {"pad_id": PAD, "pad_multiple": 1, "tokens_per_image": TOKENS, "with_pixels": True, "image_size": SIZE}
+    return collate(samples, **(defaults | options))
+
+
+def test_sample(make_dataset):
+    source = dataset(make_dataset(3))
+    sample = source[2]
+    I, _ = IMAGE, IGNORE  # noqa: E741
+    assert sample.ids_S.tolist() == [1002, I, I, I, I, 7, I, I, I, I, 7, 100, 101, 102, 103, 104]
+    assert sample.labels_S.tolist() == [_] * 14 + [103, 104]
+    assert sample.num_images == 2 and sample.pixels_I3HW.shape == (2, 3, SIZE, SIZE)
+    assert torch.equal(sample.pixels_I3HW[1], to_pixels(decode(source.reader.image(2, 1)), FORMAT))
+    assert source[0].pixels_I3HW.shape == (0, 3, SIZE, SIZE) and source[0].num_images == 0
+    assert source.num_tokens.tolist() == [len(source[i].ids_S) for i in range(3)]
+
+
+@pytest.mark.parametrize(("max_tokens", "num_images"), [(16, 2), (7, 2), (6, 1), (2, 1), (1, 0)])
+def test_cut_sample_keeps_the_pictures_that_begin_inside(max_tokens, num_images, make_dataset):
+    sample = dataset(make_dataset(3), max_tokens)[2]
+    assert len(sample.ids_S) == max_tokens and sample.num_images == len(sample.pixels_I3HW) == num_images
+
+
+def test_batch(make_dataset):
+    source = dataset(make_dataset(3))
+    batch = collated([source[1], source[0], source[2]], pad_multiple=5)
+    assert batch.ids_BS.shape == (3, 20) and batch.num_images == 3 and batch.num_tokens == 10 + 4 + 16
+    assert batch.ids_BS[1].tolist() == [1000, 100, 101, 102] + [PAD] * 16
+    assert batch.targets_BS[1].tolist() == [IGNORE, 101, 102] + [IGNORE] * 17  # each position predicts the next id
+    assert batch.positions_BS.tolist() == [list(range(20))] * 3
+    assert batch.pixels_I3HW.shape == (3, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("max_tokens", [100, 8, 7, 3])
+def test_every_visual_token_has_its_row_and_place(max_tokens, make_dataset):
+    """Placing [picture, token] pairs by slots and rows gives, in each sample, its own pictures in order."""
+    source = dataset(make_dataset(6), max_tokens)
+    samples = [source[i] for i in (2, 0, 1, 5)]
+    batch = collated(samples)
+    visual = torch.stack(torch.meshgrid(torch.arange(len(batch.pixels_I3HW)), torch.arange(TOKENS), indexing="ij"), -1)
+    placed = torch.full((batch.ids_BS.numel(), 2), -1)
+    placed[batch.slots_K] = visual.reshape(-1, 2)[batch.rows_K]
+    placed = placed.reshape(*batch.ids_BS.shape, 2)
+    assert torch.equal(placed[..., 0] >= 0, batch.ids_BS == IMAGE)
+    picture = 0
+    for b, sample in enumerate(samples):
+        expected = [[picture + k, t] for k in range(sample.num_images) for t in range(TOKENS)]
+        found = placed[b][batch.ids_BS[b] == IMAGE].tolist()
+        assert found == expected[: len(found)] and len(found) > len(expected) - TOKENS
+        picture += sample.num_images
+
+
+def test_batch_without_pictures_carries_a_blank_one(make_dataset):
+    source = dataset(make_dataset(3))
+    batch = collated([source[0]])
+    assert batch.pixels_I3HW.shape == (1, 3, SIZE, SIZE) and not batch.pixels_I3HW.any()
+    assert batch.num_images == 0 and len(batch.slots_K) == len(batch.rows_K) == 0
+
+
+def test_ranks_without_vision_see_all_but_the_pixels(make_dataset, monkeypatch):
+    prefix = make_dataset(6)
+    with_pixels = take(loader(prefix, micro_batch=2), 2)
+    monkeypatch.setattr("megamm.data.loader.decode", None)  # calling it would raise
+    without = take(loader(prefix, micro_batch=2, dataset=dataset(prefix, with_pixels=False)), 2)
+    for a, b in zip(sum(with_pixels, []), sum(without, []), strict=True):
+        assert same(a, b) and (a.num_images, a.num_tokens) == (b.num_images, b.num_tokens)
+        assert b.pixels_I3HW is None
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_step_holds_the_same_samples_at_any_layout(shuffle, make_dataset):
+    prefix = make_dataset(13)
+    expected = [sorted(first_ids(step)) for step in take(loader(prefix, shuffle=shuffle, seed=5), 8)]
+    for dp_size, micro_batch in ((1, 4), (2, 1), (2, 2), (4, 1)):
+        ranks = [
+            take(loader(prefix, shuffle=shuffle, seed=5, dp_size=dp_size, micro_batch=micro_batch, dp_rank=rank), 8)
+            for rank in range(dp_size)
+        ]
+        for i, step in enumerate(expected):
+            assert all(len(rank[i]) == 4 // (dp_size * micro_batch) for rank in ranks)
+            assert sorted(sum((first_ids(rank[i]) for rank in ranks), [])) == step
+
+
+def test_every_epoch_has_every_sample_once_in_an_order_of_its_own(make_dataset):
+    prefix = make_dataset(13)
+    stream = sum((first_ids(step) for step in take(loader(prefix, seed=5), 13)), [])  # 4 epochs in 13 steps of 4
+    epochs = [stream[i : i + 13] for i in range(0, 52, 13)]
+    assert all(sorted(epoch) == list(range(1000, 1013)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert sum((first_ids(step) for step in take(loader(prefix, seed=6), 4)), [])[:13] != epochs[0]
+    stored = sum((first_ids(step) for step in take(loader(prefix, shuffle=False), 7)), [])
+    assert stored[:26] == list(range(1000, 1013)) * 2
+
+
+def test_order_never_changes(make_dataset):
+    """A run resumed with another numpy or megamm must go on with the same samples."""
+    stream = sum((first_ids(step) for step in take(loader(make_dataset(8), seed=2**40 + 3), 4)), [])
+    assert [i - 1000 for i in stream] == [6, 7, 0, 3, 4, 1, 2, 5, 7, 6, 4, 3, 0, 1, 5, 2]
+
+
+def test_a_global_batch_may_span_epochs(make_dataset):
+    steps = take(loader(make_dataset(3), global_batch=8), 3)
+    stream = sum((first_ids(step) for step in steps), [])
+    assert all(sorted(stream[i : i + 3]) == [1000, 1001, 1002] for i in range(0, 24, 3))
+
+
+def test_resume_is_exact_with_other_ranks_and_workers(make_dataset):
+    prefix = make_dataset(13)
+    whole = take(loader(prefix, seed=5, micro_batch=2), 9)
+    running = loader(prefix, seed=5, dp_size=2, dp_rank=1, num_workers=2)
+    take(running, 4)
+    state = running.state_dict()
+    assert state == {"consumed": 16, "truncated": 0, "seed": 5, "shuffle": True, "samples": 13}
+    resumed = loader(prefix, seed=5, micro_batch=2)
+    resumed.load_state_dict(state)
+    for a, b in zip(sum(whole[4:], []), sum(take(resumed, 5), []), strict=True):
+        assert same(a, b) and torch.equal(a.pixels_I3HW, b.pixels_I3HW)
+    assert resumed.state_dict()["consumed"] == 36
+
+
+def test_workers_change_nothing(make_dataset):
+    prefix = make_dataset(13)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    alone, together = take(loader(prefix), 5), take(loader(prefix, num_workers=2), 5)
+    assert torch.equal(torch.get_rng_state(), before)  # otherwise resuming would change dropout
+    assert all(same(a, b) for a, b in zip(sum(alone, []), sum(together, []), strict=True))
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"shuffle": False}, {"num": 12}])
+def test_state_of_another_order_is_refused(change, make_dataset):
+    state = loader(make_dataset(13), seed=5).state_dict()
+    num = change.pop("num", 13)
+    other = loader(make_dataset(num, "other"), **({"seed": 5} | change))
+    with pytest.raises(DataError, match="resume: the checkpoint read its data with .*; give it the same data"):
+        other.load_state_dict(state)
+
+
+def test_cut_samples_are_counted_over_all_ranks(make_dataset):
+    prefix = make_dataset(6)
+    source = dataset(prefix, max_tokens=10)
+    per_epoch = sum(source.num_tokens > 10)
+    assert per_epoch == 3
+    cut = loader(prefix, dataset=source, dp_size=2, dp_rank=1, global_batch=6)
+    take(cut, 2)
+    assert cut.truncated == cut.state_dict()["truncated"] == 2 * per_epoch
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch", "num_workers"), [(1, 1, 0), (2, 2, 0), (2, 1, 2), (4, 1, 0)])
+def test_evaluation_sees_each_sample_once_and_ranks_keep_step(dp_size, micro_batch, num_workers, make_dataset):
+    prefix = make_dataset(13)
+    options = {"shuffle": False, "dp_size": dp_size, "micro_batch": micro_batch, "num_workers": num_workers}
+    ranks = [loader(prefix, dp_rank=rank, num_samples=9, **options) for rank in range(dp_size)]
+    for _ in range(2):  # every iteration is a pass of its own
+        steps = [list(rank) for rank in ranks]
+        assert {len(rank) for rank in steps} == {3}
+        batches = [batch for rank in steps for step in rank for batch in step]
+        seen = sum((first_ids(step) for rank in steps for step in rank), [])
+        assert sorted(seen) == list(range(1000, 1009))
+        assert sum((batch.targets_BS != IGNORE).sum().item() for batch in batches) == 9 * 2
+        assert all(batch.ids_BS.shape[0] == micro_batch and batch.pixels_I3HW is not None for batch in batches)
+
+
+def test_evaluation_of_more_than_there_is_is_the_whole_set(make_dataset):
+    steps = list(loader(make_dataset(5), shuffle=False, num_samples=256))
+    assert [len(first_ids(step)) for step in steps] == [4, 1]
+
+
+def test_filler_is_no_token():
+    assert FILLER == -1
+    samples = [Dataset.__getitem__(_Bare(), FILLER)] * 2
+    batch = collated(samples, pad_multiple=4)
+    assert batch.ids_BS.shape == (2, 4) and batch.num_tokens == batch.num_images == 0
+    assert (batch.targets_BS == IGNORE).all() and batch.pixels_I3HW.shape == (1, 3, SIZE, SIZE)
+
+
+class _Bare(Dataset):
+    def __init__(self):
+        self.image_format, self.max_tokens, self.with_pixels = FORMAT, 10, True
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_picture_that_does_not_decode_is_one_clear_message(num_workers, tmp_path):
+    with Writer(tmp_path / "set") as writer:
+        writer.add(np.array([IMAGE, 1], np.int32), [b"no picture"], np.array([[1, 2]], np.int32))
+        writer.finish({})
+    with pytest.raises(DataError) as error:
+        take(loader(tmp_path / "set", num_workers=num_workers), 1)
+    assert str(error.value).startswith(f"{tmp_path}/set: document 0, picture 0: the picture is empty")
+    assert "Traceback" not in str(error.value)
+
+
+class _Deadly(Dataset):
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_worker_that_dies_is_one_clear_message(make_dataset):
+    source = _Deadly(make_dataset(3), FORMAT, 10)
+    with pytest.raises(DataError, match="data.num_workers: DataLoader worker .* is memory full"):
+        take(loader(None, dataset=source, num_workers=1), 1)
+
+
+def test_bad_sizes_are_refused(make_dataset):
+    with pytest.raises(ConfigError, match="train.global_batch: 4 is no multiple of data parallel size 3 x"):
+        loader(make_dataset(3), dp_size=3)
+    with pytest.raises(DataError, match="holds no sample; give another data.path"):
+        loader(make_dataset(0, "empty"))

@@ -1,0 +1,158 @@
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megamm.data.image import ImageFormat
+from megamm.data.indexed import Reader
+from megamm.data.loader import Dataset
+from megamm.errors import DataError, MegammError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "data_tools" / "preprocess.py"
+MODEL = ROOT / "tests" / "golden" / "template_masks" / "tokenizers" / "spm_bpe_400.model"
+OWLEVAL = Path(os.environ.get("MEGAMM_OWLEVAL", ROOT.parent / "shared" / "data" / "owleval"))
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("preprocess", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["preprocess"] = module  # its dataclass looks its own module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["preprocess"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    shutil.copy(MODEL, directory / "tokenizer.model")
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture
+def inputs(tmp_path, tokenizer):
+    """Forty good samples and two bad ones."""
+    (tmp_path / "images").mkdir()
+    items = []
+    for i in range(42):
+        rgb = np.random.default_rng(i).integers(0, 256, (10 + i, 20, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(rgb).save(file, "JPEG" if i % 2 else "PNG")
+        content = file.getvalue() if i != 20 else file.getvalue()[:100]
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(content)
+        answer = f"number {i}" if i != 7 else ""
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
+        items.append({"id": str(i), "image": f"{i}.jpg", "conversations": turns})
+    (tmp_path / "llava.json").write_text(json.dumps(items))
+    return {
+        "input": tmp_path / "llava.json",
+        "image_dir": tmp_path / "images",
+        "family": "llava",
+        "tokenizer": tokenizer,
+        "output": str(tmp_path / "out" / "set"),
+        "max_bad": 0.1,
+    }
+
+
+def outputs(prefix):
+    return {suffix: Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json", ".skipped.jsonl")}
+
+
+def test_dataset_says_what_made_it(script, inputs):
+    script.main(script.Options(**inputs))
+    reader = Reader(inputs["output"])
+    assert len(reader) == 40 and reader.info["images"] == 40
+    assert reader.info["family"] == "llava" and reader.info["template"] == "v1"  # the family's for sft
+    assert reader.info["tokenizer"]["file"] == "tokenizer.model" and len(reader.info["tokenizer"]["hash"]) == 64
+    assert reader.info["skipped"] == {"no_answer": 1, "image_broken": 1}
+    assert reader.image(0, 0) == (inputs["image_dir"] / "0.jpg").read_bytes()  # kept as they are
+    skipped = [json.loads(line) for line in Path(inputs["output"] + ".skipped.jsonl").read_text().splitlines()]
+    places = [(item["where"], item["reason"]) for item in skipped]
+    assert places == [("llava.json item 8", "no_answer"), ("llava.json item 21", "image_broken")]
+    assert str(inputs["image_dir"]) not in Path(inputs["output"] + ".json").read_text()
+
+
+def test_number_of_processes_does_not_show(script, inputs):
+    script.main(script.Options(**inputs))
+    expected = outputs(inputs["output"])
+    for workers in (2, 5):
+        script.main(script.Options(**inputs, workers=workers))
+        assert outputs(inputs["output"]) == expected
+
+
+def test_plain_template_and_json_lines(script, inputs):
+    items = json.loads(inputs["input"].read_text())
+    inputs["input"].write_text("\n".join(json.dumps(item) for item in items))
+    script.main(script.Options(**inputs, template="plain"))
+    reader = Reader(inputs["output"])
+    ids, spans = reader.text(0)
+    assert reader.info["template"] == "plain" and ids[:2].tolist() == [1, -200] and spans.tolist() == [[2, len(ids)]]
+
+
+def test_too_many_bad_samples_write_nothing_but_their_list(script, inputs):
+    with pytest.raises(DataError, match=r"llava.json: 2 of 42 samples cannot be used \(no_answer 1, image_broken 1\)"):
+        script.main(script.Options(**(inputs | {"max_bad": 0.01})))
+    assert [path.name for path in Path(inputs["output"]).parent.iterdir()] == ["set.skipped.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [([], "holds no samples"), ([{}, {}], "2 of 2 samples cannot be used")], ids=["none", "bad"]
+)
+def test_nothing_usable_is_an_error_at_any_max_bad(content, message, script, inputs):
+    inputs["input"].write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        script.main(script.Options(**(inputs | {"max_bad": 1.0})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "lava"}, "'lava' is unknown; megamm has: llava"),
+        ({"template": "vicuna"}, "template: unknown name 'vicuna'"),
+        ({"tokenizer": Path("absent")}, "absent: holds no tokenizer"),
+        ({"image_dir": Path("absent")}, "absent: no such directory"),
+        ({"input": Path("absent.json")}, "absent.json: not LLaVA JSON"),
+        ({"max_bad": 1.5}, "--max-bad: 1.5 is no share"),
+    ],
+)
+def test_bad_options_are_one_clear_message_and_write_nothing(changes, message, script, inputs):
+    with pytest.raises(MegammError, match=message):
+        script.main(script.Options(**(inputs | changes)))
+    assert not Path(inputs["output"]).parent.exists()
+
+
+def test_command_line_ends_with_a_message_and_a_status(inputs):
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in inputs.items() if name != "max_bad"]
+    command, environment = [sys.executable, SCRIPT, *options], os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ") and "--max-bad allows 1.00%" in result.stderr
+
+
+def test_every_real_photograph_decodes(script, inputs, tmp_path):
+    if not OWLEVAL.is_dir():
+        pytest.skip(f"no OwlEval pictures at {OWLEVAL}; set MEGAMM_OWLEVAL")
+    changes = {"input": OWLEVAL / "llava.json", "image_dir": OWLEVAL / "images", "max_bad": 0.0}
+    script.main(script.Options(**(inputs | changes), workers=2))
+    items = json.loads((OWLEVAL / "llava.json").read_text())
+    reader = Reader(inputs["output"])
+    assert len(reader) == len(items) and reader.info["images"] == sum("image" in item for item in items)
+    mean_std = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    dataset = Dataset(inputs["output"], ImageFormat(size=28, tokens=4, **mean_std), max_tokens=4096)
+    first_with = {item["image"]: i for i, item in reversed(list(enumerate(items))) if "image" in item}
+    assert len(first_with) == len(list((OWLEVAL / "images").iterdir()))
+    for i in first_with.values():
+        sample = dataset[i]
+        assert sample.num_images == 1 and sample.pixels_I3HW.std() > 0.05

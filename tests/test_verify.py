@@ -1,0 +1,124 @@
+"""LLaVA's reference vectors at every layout, through verify; and verify fails when it should."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megamm.errors import ConfigError, DataError
+from megamm.verify import Request, compare, verify
+
+VARIANT = "llava/hf_native"
+CASES = ("one_image", "two_images", "mixed_batch", "text_only")
+FAST = [
+    dict(),
+    dict(tp=2, sequence_parallel=True),
+    dict(pp=2, layout="Vv|vvPEtttL"),
+    dict(tp=2, pp=2, sequence_parallel=True),
+    dict(pp=4, layout="Vvvv|PE|tt|tL"),
+    dict(tp=4, sequence_parallel=True),
+    dict(dp=2),
+]
+GRID = [
+    dict(tp=tp, pp=pp, sequence_parallel=sp, layout=layout)
+    for tp, pp in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2))
+    for sp in ((False, True) if tp > 1 else (False,))
+    for layout in {
+        1: ["auto"],
+        2: ["auto", "Vv|vvPEtttL", "Vvvv|PEtttL", "VvvvP|EtttL"],
+        4: ["auto", "V|vv|vPEt|ttL", "Vvvv|PE|tt|tL"],
+    }[pp]
+]
+
+
+def name(layout):
+    return " ".join(f"{k}={v}" for k, v in layout.items()) or "one rank"
+
+
+def check(golden, pool, layout):
+    directory = golden / VARIANT
+    norms = json.loads((directory / "grad_norms.json").read_text())
+    request = Request(hf=str(directory / "hf"), **layout)
+    seen = []
+    for case, found in verify(request, [directory / f"cases/{case}.npz" for case in CASES], pool):
+        report = compare(case, found, norms[case.name])
+        assert report.ok, report.line()
+        assert {"logits", "loss", "layer_outputs", "expanded_labels"} <= report.differences.keys()
+        seen.append(case.name)
+    assert tuple(seen) == CASES
+
+
+@pytest.mark.parametrize("layout", FAST, ids=name)
+def test_every_case_equals_the_authors_code(layout, golden, pool):
+    check(golden, pool, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", GRID, ids=name)
+def test_every_case_at_every_layout(layout, golden, pool8):
+    check(golden, pool8, layout)
+
+
+@pytest.fixture
+def perturbed(golden, tmp_path):
+    """The golden checkpoint with one number of one tensor changed."""
+
+    def make(key):
+        directory = tmp_path / key
+        shutil.copytree(golden / VARIANT / "hf", directory)
+        tensors = load_file(directory / "model.safetensors")
+        tensors[key].view(-1)[3] += 0.05
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return directory
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("key", "seen_in"),
+    [
+        ("vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight", "vision_features"),
+        ("multi_modal_projector.linear_2.weight", "visual_tokens"),
+        ("language_model.model.layers.2.self_attn.v_proj.weight", "logits"),
+    ],
+)
+def test_one_wrong_weight_is_found(key, seen_in, golden, perturbed, pool):
+    request = Request(hf=str(perturbed(key)), tp=2)
+    [(case, found)] = verify(request, [golden / VARIANT / "cases/one_image.npz"], pool)
+    report = compare(case, found, None)
+    assert not report.ok
+    assert report.differences[seen_in] > 1e-4
+    assert json.loads(report.line())["ok"] is False
+
+
+def test_an_unused_weight_may_differ(golden, perturbed, pool):
+    hf = perturbed("vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight")
+    [(case, found)] = verify(Request(hf=str(hf)), [golden / VARIANT / "cases/one_image.npz"], pool)
+    assert compare(case, found, None).ok
+
+
+def test_wrong_gradients_and_nan_are_not_ok(golden, pool):
+    directory = golden / VARIANT
+    norms = json.loads((directory / "grad_norms.json").read_text())["one_image"]
+    [(case, found)] = verify(Request(hf=str(directory / "hf")), [directory / "cases/one_image.npz"], pool)
+    assert compare(case, found, norms).ok
+    key = "language_model.model.norm.weight"
+    assert not compare(case, found, {**norms, key: norms[key] * 1.001}).ok
+    assert not compare(case, found, {**norms, "no.such.key": 1.0}).ok
+    found["logits"] = np.full_like(found["logits"], np.nan)
+    assert not compare(case, found, norms).ok
+
+
+def test_what_cannot_run_is_refused_before_ranks_start(golden, tmp_path):
+    hf = str(golden / VARIANT / "hf")
+    case = golden / VARIANT / "cases/one_image.npz"
+    with pytest.raises(ConfigError, match="tp=3 does not fit"):
+        list(verify(Request(hf=hf, tp=3), [case]))
+    with pytest.raises(ConfigError, match="the model has V 1, v 3, P 1, E 1, t 3, L 1"):
+        list(verify(Request(hf=hf, pp=2, layout="Vv|tL"), [case]))
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(DataError, match="not a verification case"):
+        list(verify(Request(hf=hf), [broken]))

@@ -1,0 +1,85 @@
+"""The result of training depends on no layout, and a run goes on at any other layout."""
+
+import dataclasses
+
+import pytest
+
+from megamm.config.schema import Checkpoint, Config, Data, Model, Optim, Parallel, Train
+from megamm.testing.data import random_dataset
+from tests.training import jobs
+
+STEPS = 20
+LAYOUTS = {
+    "tp2": Parallel(tp=2),
+    "tp2 sp": Parallel(tp=2, sequence_parallel=True),
+    "pp2": Parallel(pp=2),
+    "pp2 cut in the tower": Parallel(pp=2, layout="Vv|vvPEtttL"),
+    "tp2 pp2 sp": Parallel(tp=2, pp=2, sequence_parallel=True),
+    "dp2": Parallel(),
+    "tp2 dp2 sp": Parallel(tp=2, sequence_parallel=True),
+}
+RANKS = {"tp2": 2, "tp2 sp": 2, "pp2": 2, "pp2 cut in the tower": 2, "tp2 pp2 sp": 4, "dp2": 2, "tp2 dp2 sp": 4}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, golden):
+    """A run of 20 steps on a drawn model of the golden's sizes, with samples of 0 to 2 pictures."""
+    prefix = tmp_path_factory.mktemp("data") / "train"
+    random_dataset(prefix, num_samples=50, vocab_size=120)
+    return Config(
+        model=Model(family="llava", config=str(golden / "llava/hf_native/hf/config.json")),
+        data=Data(path=str(prefix), max_tokens=40, num_workers=0),
+        optim=Optim(lr=3e-3, warmup=0.1, weight_decay=0.1, projector_lr=1e-3),
+        train=Train(global_batch=4, micro_batch=1, steps=STEPS, precision="fp32"),
+        checkpoint=Checkpoint(dir="set by each test", every_steps=10, keep_last=0),
+    )
+
+
+def at(config, directory, parallel=None, **train):
+    return dataclasses.replace(
+        config,
+        parallel=parallel or Parallel(),
+        train=dataclasses.replace(config.train, **train),
+        checkpoint=dataclasses.replace(config.checkpoint, dir=str(directory)),
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(config, pool, tmp_path_factory):
+    """The run on one rank, with its checkpoints at steps 10 and 20."""
+    directory = tmp_path_factory.mktemp("reference")
+    lines = pool.run(jobs.train, at(config, directory), ranks=1)[0]
+    losses = [line["loss"] for line in lines]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.5, "it does not learn: equal losses would prove nothing"
+    return directory, lines
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=tolerance), f"step {a['step']}"
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), f"step {a['step']}"
+        assert (a["lr"], a["samples"]) == (b["lr"], b["samples"])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_losses_equal_those_of_one_rank(name, config, reference, pool, tmp_path):
+    lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS[name]), ranks=RANKS[name])[0]
+    assert_same(lines, reference[1])
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_losses_do_not_depend_on_the_micro_batch(micro_batch, config, reference, pool, tmp_path):
+    lines = pool.run(jobs.train, at(config, tmp_path, micro_batch=micro_batch), ranks=1)[0]
+    assert_same(lines, reference[1])
+
+
+@pytest.mark.parametrize(
+    ("saved_at", "resumed_at"),
+    [("tp2 pp2 sp", "dp2"), ("dp2", "pp2 cut in the tower"), ("pp2", "tp2 dp2 sp")],
+)
+def test_a_run_saved_in_one_layout_goes_on_in_another(saved_at, resumed_at, config, reference, pool, tmp_path):
+    first = at(config, tmp_path, LAYOUTS[saved_at])
+    pool.run(jobs.train_until, first, 10, ranks=RANKS[saved_at])
+    lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS[resumed_at]), ranks=RANKS[resumed_at])[0]
+    assert_same(lines, reference[1])
