@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
         ids_BT, mask_BT, pixels = arrays["input_ids"], arrays["attention_mask"], arrays["pixel_values"]
         labels_BT, rows = arrays["labels"], arrays["image_row"]
         is_dummy = arrays["image_is_dummy"].astype(bool)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise DataError(
             f"--case {path}: not a verification case ({error}); megamm/verify.py says what one holds"
         ) from error

@@ -270,6 +270,8 @@ def redirect_cuda_calls() -> None:
     exception: `Tensor.type()` without arguments names the CUDA tensor type, because optimizers compare that string.
     """
     # Patched by name and not through a TorchFunctionMode: recomputation runs in the backward pass, without the mode.
+    # `with torch.device(...)` knows the factories by identity and caches them: let it see the real ones first.
+    torch.utils._device._device_constructors()
     _replace(torch, **{name: _redirect_factory(getattr(torch, name)) for name in _FACTORIES})
 
     tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type

@@ -3,11 +3,16 @@
 Strings and names: llava_family.md 3.3, tinyllava.md, imp.md, vw_lmm.md. What carries loss: llava_family.md 3.4.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megamm.data.faults import SampleFault
-from megamm.data.tokenizer import Tokenizer
 from megamm.errors import DataError
+
+if TYPE_CHECKING:  # the import of transformers takes a second, and the loader needs no tokenizer
+    from megamm.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

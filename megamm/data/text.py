@@ -1,11 +1,17 @@
 """Conversation -> ids and target spans, and from these one training sequence. Knows no file format and no picture."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from megamm.batch import IGNORE, IMAGE
 from megamm.data.faults import SampleFault
 from megamm.data.template import Template
-from megamm.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # the import of transformers takes a second, and the loader needs no tokenizer
+    from megamm.data.tokenizer import Tokenizer
 
 Turn = tuple[str, str]
 """(role, text) as the source has it; roles are `human` and `gpt`."""

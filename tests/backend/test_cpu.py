@@ -108,6 +108,8 @@ def test_factories_ignore_cuda(name):
     assert made.device.type == "cpu"
     assert torch.zeros_like(made, device=torch.cuda.current_device()).device.type == "cpu"
     assert torch.empty(2, device="meta").device.type == "meta"
+    with torch.device("meta"):
+        assert getattr(torch, name)(*args.get(name, ((2,),))).device.type == "meta"
 
 
 def test_tensor_and_module_methods_stay_on_the_cpu():

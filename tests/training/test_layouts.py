@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+import torch
 
-from megamm.config.schema import Checkpoint, Config, Data, Model, Optim, Parallel, Train
+from megamm.config.schema import PARTS, Checkpoint, Config, Data, Model, Optim, Parallel, Train
 from megamm.testing.data import random_dataset
+from megamm.weights.convert import StoredTensors
 from tests.training import jobs
 
 STEPS = 20
@@ -28,9 +30,11 @@ def config(tmp_path_factory, golden):
     random_dataset(prefix, num_samples=50, vocab_size=120)
     return Config(
         model=Model(family="llava", config=str(golden / "llava/hf_native/hf/config.json")),
-        data=Data(path=str(prefix), max_tokens=40, num_workers=0),
+        data=Data(path=str(prefix), eval_path=str(prefix), max_tokens=40, num_workers=0),
         optim=Optim(lr=3e-3, warmup=0.1, weight_decay=0.1, projector_lr=1e-3),
-        train=Train(global_batch=4, micro_batch=1, steps=STEPS, precision="fp32"),
+        train=Train(
+            global_batch=4, micro_batch=1, steps=STEPS, precision="fp32", eval_every_steps=10, eval_samples=7
+        ),
         checkpoint=Checkpoint(dir="set by each test", every_steps=10, keep_last=0),
     )
 
@@ -50,6 +54,7 @@ def reference(config, pool, tmp_path_factory):
     directory = tmp_path_factory.mktemp("reference")
     lines = pool.run(jobs.train, at(config, directory), ranks=1)[0]
     losses = [line["loss"] for line in lines]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [10, 20]
     assert sum(losses[-5:]) < sum(losses[:5]) - 0.5, "it does not learn: equal losses would prove nothing"
     return directory, lines
 
@@ -60,12 +65,36 @@ def assert_same(found, expected, tolerance=1e-5):
         assert a["loss"] == pytest.approx(b["loss"], abs=tolerance), f"step {a['step']}"
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), f"step {a['step']}"
         assert (a["lr"], a["samples"]) == (b["lr"], b["samples"])
+        assert a.get("eval_loss") == pytest.approx(b.get("eval_loss"), abs=tolerance), f"step {a['step']}"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_losses_equal_those_of_one_rank(name, config, reference, pool, tmp_path):
     lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS[name]), ranks=RANKS[name])[0]
     assert_same(lines, reference[1])
+
+
+def test_recomputation_changes_nothing(config, reference, pool, tmp_path):
+    lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS["tp2 pp2 sp"], recompute="full"), ranks=4)[0]
+    assert_same(lines, reference[1])
+
+
+@pytest.mark.parametrize("freeze", [("vision",), ("vision", "llm"), ("llm",), ("vision", "projector")])
+def test_frozen_parts_stay_as_they_are(freeze, config, pool, tmp_path):
+    """At every layout the same losses, and the frozen tensors of the last checkpoint are those of the first."""
+    short = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6, recompute="full"))
+    short = dataclasses.replace(
+        short, checkpoint=dataclasses.replace(config.checkpoint, every_steps=1), data=Data(path=config.data.path)
+    )
+    expected = pool.run(jobs.train, at(short, tmp_path / "one", freeze=freeze), ranks=1)[0]
+    found = pool.run(jobs.train, at(short, tmp_path / "four", LAYOUTS["tp2 pp2 sp"], freeze=freeze), ranks=4)[0]
+    assert_same(found, expected)
+    first, last = (StoredTensors(tmp_path / f"four/step_0000000{step}") for step in (1, 6))
+    for name in first.infos:
+        part = name.split(".")[0]
+        if part in PARTS:
+            is_same = torch.equal(first.read(name), last.read(name))
+            assert is_same == (part in freeze), name
 
 
 @pytest.mark.parametrize("micro_batch", [2, 4])
