@@ -1,0 +1,273 @@
+"""The table: one row per tensor says what it is called on both sides, how it is packed and how it is cut.
+
+Import, export, slicing and the completeness check all read these rows; no direction is written by hand. Canonical name
+= the key megatron-core writes to its distributed checkpoint, with global layer numbers. Names only: no model, no file.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from megamm.errors import CheckpointError
+from megamm.weights.pack import PACKINGS
+from megamm.weights.shard import PARTITION_DIM, cut_vocab, join_slices, pad_vocab, slice_tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dims:
+    """The sizes of one part of a model that packing and cutting need."""
+
+    layers: int = 0
+    heads: int = 0
+    groups: int = 0
+    vocab: int = 0
+    vocab_padded: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor of ours and the Hugging Face tensors it is made of. `{i}` is the global layer number on both sides."""
+
+    name: str
+    """Canonical name."""
+    hf: tuple[str, ...]
+    """Hugging Face names, in the order that `pack` expects."""
+    pack: str = "same"
+    """Key of pack.PACKINGS."""
+    tp: str | None = None
+    """Key of shard.PARTITION_DIM. `vocab` pads on import and cuts on export."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """A tensor that a release may store and the forward never uses: kept beside the checkpoint and exported again."""
+
+    hf: str
+    """Hugging Face name; `{i}` is any integer. Never takes a name that a Row produces."""
+    name: str = ""
+    """What it is called across dialects; by default `hf`, as written before any renaming."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A Row of one layer, with the functions that its columns name."""
+
+    name: str
+    hf: tuple[str, ...]
+    packing: str
+    tp: str | None
+    dims: Dims
+
+    @property
+    def partition_dim(self) -> int | None:
+        """Dimension that tensor parallelism cuts; None: replicated."""
+        return PARTITION_DIM[self.tp]
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The global tensor, vocabulary padded, from the tensors of `hf` in order. CheckpointError: they do not fit."""
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            found = ", ".join(f"{key} {tensor.dtype}" for key, tensor in zip(self.hf, tensors, strict=True))
+            raise CheckpointError(f"{self.name} is packed from tensors of one dtype, found: {found}. Cast them first.")
+        try:
+            packed = PACKINGS[self.packing].pack(list(tensors), self.dims)
+            if self.tp == "vocab":
+                packed = pad_vocab(packed, self.dims.vocab, self.dims.vocab_padded)
+        except (ValueError, RuntimeError) as error:  # RuntimeError: torch refuses shapes that cannot be concatenated
+            found = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in zip(self.hf, tensors, strict=True))
+            raise CheckpointError(f"cannot make {self.name} from {found}: {error}. Does config.json fit?") from error
+        return packed
+
+    def unpack(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of `hf` in order from the global tensor; exact inverse of `pack`. CheckpointError: no fit."""
+        try:
+            if self.tp == "vocab":
+                tensor = cut_vocab(tensor, self.dims.vocab, self.dims.vocab_padded)
+            return PACKINGS[self.packing].unpack(tensor, self.dims)
+        except ValueError as error:
+            raise CheckpointError(
+                f"cannot unpack {self.name} {tuple(tensor.shape)}: {error}. Does the configuration fit the checkpoint?"
+            ) from error
+
+    def slice(self, tensor: Tensor, rank: int, size: int) -> Tensor:
+        """What rank `rank` of `size` tensor parallel ranks holds of the global tensor. CheckpointError: no even cut."""
+        try:
+            return slice_tensor(tensor, self.tp, rank, size)
+        except ValueError as error:
+            raise CheckpointError(f"{self.name}: {error}") from error
+
+    def join(self, slices: Sequence[Tensor]) -> Tensor:
+        """The global tensor from the slices of all ranks in order; exact inverse of `slice`."""
+        return join_slices(slices, self.tp)
+
+    def to_hf(self, slices: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Hugging Face name -> tensor from the slices of all ranks in order; weights and gradients alike."""
+        return dict(zip(self.hf, self.unpack(self.join(slices)), strict=True))
+
+
+class KeyMap:
+    """A table of rows, each with the sizes of its part. Immutable; `+` concatenates, `renamed` puts under prefixes.
+
+    ValueError: a row that cannot be right, such as an unknown packing, or one name twice (a mistake in a model's file).
+    """
+
+    def __init__(self, rows: Iterable[Row | Keep], dims: Dims | None = None):
+        part = dims or Dims()
+        self._rows: tuple[tuple[Row | Keep, Dims], ...] = tuple(
+            (row if isinstance(row, Row) or row.name else replace(row, name=row.hf), part) for row in rows
+        )
+        for row, _ in self._rows:
+            _check(row, part)
+
+    @classmethod
+    def _of(cls, rows: Iterable[tuple[Row | Keep, Dims]]) -> "KeyMap":
+        table = cls(())
+        table._rows = tuple(rows)
+        return table
+
+    def __add__(self, other: "KeyMap") -> "KeyMap":
+        """Both tables, each row with its own sizes."""
+        return KeyMap._of((*self._rows, *other._rows))
+
+    def renamed(self, *, ours: str = "", hf: Mapping[str, str] | None = None) -> "KeyMap":
+        """`ours` put before canonical names; in Hugging Face names the longest prefix that is in `hf` replaced."""
+        prefixes = sorted((hf or {}).items(), key=lambda item: -len(item[0]))
+
+        def rename(key: str) -> str:
+            return next((new + key.removeprefix(old) for old, new in prefixes if key.startswith(old)), key)
+
+        def rename_row(row: Row | Keep) -> Row | Keep:
+            if isinstance(row, Keep):
+                return Keep(rename(row.hf), ours + row.name)
+            return replace(row, name=ours + row.name, hf=tuple(map(rename, row.hf)))
+
+        return KeyMap._of((rename_row(row), dims) for row, dims in self._rows)
+
+    def entries(self) -> list[Entry]:
+        """Every tensor of ours, `{i}` expanded over the layers, in the order of the rows, layer by layer."""
+        return list(self._entries.values())
+
+    def __getitem__(self, name: str) -> Entry:
+        """The entry of a canonical name; KeyError if there is none."""
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        entries = [
+            entry for row, dims in self._rows if isinstance(row, Row) for entry in _expand(row, dims)
+        ]
+        for names in ([entry.name for entry in entries], [key for entry in entries for key in entry.hf]):
+            if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+                raise ValueError(f"in more than one row of the table: {', '.join(twice)}")
+        return {entry.name: entry for entry in entries}
+
+    @cached_property
+    def hf_names(self) -> frozenset[str]:
+        """The Hugging Face names that the rows produce; a release must have them all. Keep names are not among them."""
+        return frozenset(key for entry in self.entries() for key in entry.hf)
+
+    def kept(self, hf_names: Iterable[str]) -> dict[str, str]:
+        """Of these Hugging Face names those that a Keep takes, with what they are called across dialects."""
+        return self._translated(hf_names, [(keep.hf, keep.name) for keep in self._keeps])
+
+    def kept_hf(self, names: Iterable[str]) -> dict[str, str]:
+        """The inverse of `kept`: across-dialect names to this dialect's Hugging Face names, where it has them."""
+        return self._translated(names, [(keep.name, keep.hf) for keep in self._keeps])
+
+    @property
+    def _keeps(self) -> list[Keep]:
+        return [row for row, _ in self._rows if isinstance(row, Keep)]
+
+    def _translated(self, names: Iterable[str], patterns: list[tuple[str, str]]) -> dict[str, str]:
+        compiled = [(re.compile(r"(\d+)".join(map(re.escape, old.split("{i}")))), new) for old, new in patterns]
+        found: dict[str, str] = {}
+        for name in names:
+            for pattern, new in compiled:
+                if name not in self.hf_names and (numbers := pattern.fullmatch(name)):
+                    parts = new.split("{i}")
+                    found[name] = "".join(map("".join, zip(parts, (*numbers.groups(), ""), strict=True)))
+                    break
+        return found
+
+
+def _check(row: Row | Keep, dims: Dims) -> None:
+    if isinstance(row, Keep):
+        if row.hf.count("{i}") != row.name.count("{i}"):
+            raise ValueError(f"{row.hf}: {{i}} must be as often in its name {row.name}")
+        return
+    if row.pack not in PACKINGS or row.tp not in PARTITION_DIM:
+        raise ValueError(f"{row.name}: unknown pack {row.pack!r} or tp {row.tp!r}")
+    if len(row.hf) != PACKINGS[row.pack].num_hf:
+        raise ValueError(f"{row.name}: pack {row.pack!r} takes {PACKINGS[row.pack].num_hf} tensors, not {len(row.hf)}")
+    if len({"{i}" in name for name in (row.name, *row.hf)}) > 1:
+        raise ValueError(f"{row.name}: {{i}} must be on both sides or on neither")
+    if row.tp == "vocab" and not 0 < dims.vocab <= dims.vocab_padded:
+        raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab and a dims.vocab_padded that holds it")
+    if row.pack == "qkv" and (dims.groups < 1 or dims.heads % dims.groups):
+        raise ValueError(f"{row.name}: pack 'qkv' needs dims.heads to be a multiple of dims.groups")
+
+
+def _expand(row: Row, dims: Dims) -> Iterator[Entry]:
+    if "{i}" not in row.name:
+        yield Entry(row.name, row.hf, row.pack, row.tp, dims)
+        return
+    for layer in range(dims.layers):
+        name, *hf = (name.replace("{i}", str(layer)) for name in (row.name, *row.hf))
+        yield Entry(name, tuple(hf), row.pack, row.tp, dims)
+
+
+def fill(names: Iterable[str], tower_names: Iterable[str], table: KeyMap) -> dict[str, str]:
+    """What a separately published tower adds: names that `table` takes and `names` lacks -> the tower's own names.
+
+    A release puts a prefix before the tower's own names. It is found, not configured: the one under which the tower
+    fills most of what is missing.
+    """
+    present, tower = set(names), set(tower_names)
+    prefixes: Counter[str] = Counter()
+    for key in sorted(table.hf_names - present):
+        words = key.split(".")
+        ends = (".".join(words[start:]) for start in range(len(words)))
+        prefixes.update(key.removesuffix(end) for end in ends if end in tower)
+    if not prefixes:
+        return {}
+    prefix = prefixes.most_common(1)[0][0]
+    candidates = {prefix + name: name for name in sorted(tower) if prefix + name not in present}
+    kept = table.kept(candidates)
+    return {name: theirs for name, theirs in candidates.items() if name in table.hf_names or name in kept}
+
+
+def match(names: Iterable[str], tables: Mapping[str, KeyMap], tower_names: Iterable[str] = ()) -> str:
+    """The one dialect of `tables` in which these Hugging Face names, filled from a tower's, are written.
+
+    A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. CheckpointError: none
+    or several match; the message lists what is left over and what is missing in the nearest dialect.
+    """
+    found, tower = set(names), set(tower_names)
+    faults: dict[str, tuple[list[str], list[str]]] = {}
+    for dialect, table in tables.items():
+        filled = found | fill(found, tower, table).keys()
+        unknown = filled - table.hf_names
+        faults[dialect] = (sorted(unknown - table.kept(unknown).keys()), sorted(table.hf_names - filled))
+    matching = [dialect for dialect, (left_over, missing) in faults.items() if not left_over and not missing]
+    if len(matching) == 1 or (matching and tower):  # a release without its tower does not say how it would spell it
+        return matching[0]
+    if matching:
+        raise CheckpointError(f"the tensor names fit more than one dialect of the family: {', '.join(matching)}")
+    nearest = min(faults, key=lambda dialect: sum(map(len, faults[dialect])))
+    left_over, missing = faults[nearest]
+    raise CheckpointError(
+        f"the tensor names fit no dialect of the family. Nearest is {nearest!r}:\n"
+        f"  missing: {_listed(missing)}\n  not in its table: {_listed(left_over)}\n"
+        "Is this the right --family? A vision tower that is published apart is given with --tower."
+    )
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) + more) or "nothing"

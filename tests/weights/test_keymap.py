@@ -1,0 +1,188 @@
+"""The table: expansion over layers, prefixes, packing round trips, and which dialect a set of names is written in."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megamm.errors import CheckpointError
+from megamm.weights.keymap import Dims, Keep, KeyMap, Row, fill, match
+
+ROWS = (
+    Row("embed.weight", ("model.embed.weight",), tp="vocab"),
+    Row("layers.{i}.qkv.weight", tuple(f"model.layers.{{i}}.{x}.weight" for x in "qkv"), pack="qkv", tp="col"),
+    Row("layers.{i}.fc1.weight", ("model.layers.{i}.gate", "model.layers.{i}.up"), pack="cat2", tp="col2"),
+    Row("layers.{i}.fc2.weight", ("model.layers.{i}.down",), tp="row"),
+    Row("norm.weight", ("model.norm",)),
+    Keep("model.layers.{i}.inv_freq"),
+    Keep("model.layers.{i}.down"),
+)
+DIMS = Dims(layers=2, heads=4, groups=2, vocab=5, vocab_padded=8)
+TABLE = KeyMap(ROWS, DIMS)
+
+
+def test_layers_are_expanded_on_both_sides():
+    names = [entry.name for entry in TABLE.entries()]
+    assert len(names) == 2 + 3 * 2
+    entry = TABLE["layers.1.qkv.weight"]
+    assert entry.hf == ("model.layers.1.q.weight", "model.layers.1.k.weight", "model.layers.1.v.weight")
+    assert "layers.2.qkv.weight" not in TABLE
+
+
+def test_partition_dimensions_are_those_of_the_tp_column():
+    dims = {entry.name: entry.partition_dim for entry in TABLE.entries()}
+    assert dims["embed.weight"] == dims["layers.0.qkv.weight"] == dims["layers.0.fc1.weight"] == 0
+    assert dims["layers.0.fc2.weight"] == 1 and dims["norm.weight"] is None
+
+
+def test_renamed_takes_the_longest_prefix_and_each_part_keeps_its_sizes():
+    tower = KeyMap([Row("layers.{i}.x", ("layers.{i}.x",))], Dims(layers=3))
+    vlm = TABLE.renamed(ours="llm.", hf={"model.": "lm.", "model.norm": "head.norm"}) + tower.renamed(
+        ours="vision.", hf={"": "tower."}
+    )
+    assert vlm["llm.norm.weight"].hf == ("head.norm",)
+    assert vlm["llm.layers.0.fc2.weight"].hf == ("lm.layers.0.down",)
+    assert vlm["vision.layers.2.x"].hf == ("tower.layers.2.x",)
+    assert "llm.layers.2.fc2.weight" not in vlm
+
+
+def test_keep_takes_any_layer_but_never_a_name_of_a_row():
+    names = ["model.layers.7.inv_freq", "model.layers.7.down", "model.layers.0.down", "model.layers.x.inv_freq"]
+    renamed = TABLE.renamed(ours="llm.", hf={"model.": "lm."})
+    assert TABLE.kept(names).keys() == {"model.layers.7.inv_freq", "model.layers.7.down"}
+    across = renamed.kept(["lm.layers.7.inv_freq"])
+    assert across == {"lm.layers.7.inv_freq": "llm.model.layers.7.inv_freq"}
+    other = TABLE.renamed(ours="llm.", hf={"model.": "base.model."})
+    assert other.kept_hf(across.values()) == {"llm.model.layers.7.inv_freq": "base.model.layers.7.inv_freq"}
+
+
+@pytest.mark.parametrize(
+    "row, dims",
+    [
+        (Row("a", ("b",), pack="fold"), DIMS),
+        (Row("a", ("b",), tp="diagonal"), DIMS),
+        (Row("a", ("b",), pack="qkv"), DIMS),
+        (Row("a.{i}", ("b",)), DIMS),
+        (Row("a", ("b",), tp="vocab"), Dims()),
+        (Row("a", ("q", "k", "v"), pack="qkv"), Dims(heads=4, groups=3)),
+        (Keep("a.{i}", "b"), DIMS),
+    ],
+)
+def test_a_row_that_cannot_be_right_is_refused(row, dims):
+    with pytest.raises(ValueError):
+        KeyMap([row], dims)
+
+
+@pytest.mark.parametrize("second", [Row("a", ("y",)), Row("b", ("x",))])
+def test_a_name_in_two_rows_is_refused(second):
+    with pytest.raises(ValueError, match="more than one row"):
+        KeyMap([Row("a", ("x",)), second]).entries()
+
+
+@given(
+    groups=st.integers(1, 3),
+    queries_per_group=st.integers(1, 3),
+    head_width=st.integers(1, 4),
+    width=st.integers(1, 5),
+    vocab=st.integers(1, 9),
+    padding=st.integers(0, 7),
+    tp=st.sampled_from([1, 2, 4]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_import_slice_join_export_is_the_identity(
+    groups, queries_per_group, head_width, width, vocab, padding, tp, dtype
+):
+    heads, head_width, width = groups * queries_per_group, 4 * head_width, 4 * width
+    padded = -(-(vocab + padding) // 4) * 4
+    table = KeyMap(ROWS, Dims(layers=1, heads=heads, groups=groups, vocab=vocab, vocab_padded=padded))
+    shapes = {
+        "model.embed.weight": (vocab, width),
+        "model.layers.0.q.weight": (heads * head_width, width),
+        "model.layers.0.k.weight": (groups * head_width, width),
+        "model.layers.0.v.weight": (groups * head_width, width),
+        "model.layers.0.gate": (2 * width, width),
+        "model.layers.0.up": (2 * width, width),
+        "model.layers.0.down": (width, 2 * width),
+        "model.norm": (width,),
+    }
+    tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    back = {}
+    for entry in table.entries():
+        packed = entry.pack([tensors[name] for name in entry.hf])
+        slices = [entry.slice(packed, rank, tp).clone() for rank in range(tp)]
+        assert all(part.shape == slices[0].shape for part in slices)
+        assert torch.equal(entry.join(slices), packed)
+        back |= entry.to_hf(slices)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) and back[name].dtype == dtype for name in tensors)
+
+
+def test_tensors_of_two_dtypes_are_not_packed_together():
+    entry = TABLE["layers.0.fc1.weight"]
+    with pytest.raises(CheckpointError, match="model.layers.0.up torch.bfloat16"):
+        entry.pack([torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bfloat16)])
+
+
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        ("embed.weight", [(6, 3)]),
+        ("layers.0.qkv.weight", [(8, 3), (8, 3), (8, 3)]),
+        ("layers.0.qkv.weight", [(8, 3), (4, 3), (2, 3)]),
+        ("layers.0.qkv.weight", [(8, 3), (4, 2), (4, 2)]),
+        ("layers.0.fc1.weight", [(4, 3), (2, 3)]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(name, shapes):
+    with pytest.raises(CheckpointError, match=name):
+        TABLE[name].pack([torch.zeros(shape) for shape in shapes])
+
+
+@pytest.mark.parametrize("name, shape", [("embed.weight", (5, 3)), ("layers.0.qkv.weight", (9, 3)),
+                                         ("layers.0.fc1.weight", (3, 3))])  # fmt: skip
+def test_stored_shapes_that_do_not_fit_are_named(name, shape):
+    with pytest.raises(CheckpointError, match=name):
+        TABLE[name].unpack(torch.zeros(shape))
+
+
+def test_an_uneven_cut_is_refused():
+    with pytest.raises(CheckpointError, match="layers.0.fc2.weight"):
+        TABLE["layers.0.fc2.weight"].slice(torch.zeros(4, 6), 0, 4)
+
+
+def dialects():
+    return {"plain": TABLE, "nested": TABLE.renamed(hf={"model.": "lm.model."})}
+
+
+@pytest.mark.parametrize("dialect", ["plain", "nested"])
+def test_match_finds_the_dialect(dialect):
+    prefix = {"plain": "", "nested": "lm."}[dialect]
+    names = [prefix + name for name in TABLE.hf_names | {"model.layers.9.inv_freq"}]
+    assert match(names, dialects()) == dialect
+
+
+def test_match_lists_what_is_missing_and_left_over_in_the_nearest():
+    names = TABLE.hf_names - {"model.norm"} | {"model.surprise"}
+    with pytest.raises(CheckpointError, match=r"'plain'(?s:.*)missing: model.norm\n(?s:.*)table: model.surprise\n"):
+        match(names, dialects())
+
+
+def test_match_refuses_two_dialects():
+    with pytest.raises(CheckpointError, match="a, b"):
+        match(TABLE.hf_names, {"a": TABLE, "b": TABLE})
+
+
+def test_a_tower_fills_only_what_is_missing_and_finds_its_prefix():
+    vision = [Row("x.{i}", ("encoder.layers.{i}.x",)), Row("y", ("y",)), Keep("encoder.layers.{i}.x"), Keep("post")]
+    table = TABLE + KeyMap(vision, Dims(layers=2)).renamed(ours="vision.", hf={"": "tower.vision_model."})
+    tower = [f"vision_model.{name}" for name in ("encoder.layers.0.x", "encoder.layers.1.x", "encoder.layers.2.x",
+                                                 "y", "post")] + ["text_model.y", "logit_scale"]  # fmt: skip
+    names = TABLE.hf_names | {"tower.vision_model.y"}
+    filled = fill(names, tower, table)
+    assert filled == {
+        f"tower.vision_model.{name}": f"vision_model.{name}"
+        for name in ("encoder.layers.0.x", "encoder.layers.1.x", "encoder.layers.2.x", "post")
+    }
+    assert match(names, {"only": table}, tower) == "only"
+    with pytest.raises(CheckpointError, match="--tower"):
+        match(names, {"only": table})

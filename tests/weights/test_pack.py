@@ -1,0 +1,32 @@
+"""Packings against the layouts they promise, element by element."""
+
+import pytest
+import torch
+
+from megamm.weights.keymap import Dims
+from megamm.weights.pack import PACKINGS
+
+
+def test_qkv_interleaves_per_group():
+    heads, groups, head_width = 4, 2, 3
+    q = torch.arange(heads * head_width)
+    k = 100 + torch.arange(groups * head_width)
+    v = 200 + torch.arange(groups * head_width)
+    packed = PACKINGS["qkv"].pack([q, k, v], Dims(heads=heads, groups=groups))
+    assert packed.tolist() == [0, 1, 2, 3, 4, 5, 100, 101, 102, 200, 201, 202,
+                               6, 7, 8, 9, 10, 11, 103, 104, 105, 203, 204, 205]  # fmt: skip
+
+
+def test_cat2_puts_the_first_before_the_second():
+    packed = PACKINGS["cat2"].pack([torch.zeros(2, 3), torch.ones(2, 3)], Dims())
+    assert packed.tolist() == [[0] * 3] * 2 + [[1] * 3] * 2
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_shapes_are_told_without_data(name):
+    packing = PACKINGS[name]
+    sizes = Dims(heads=2, groups=2)
+    metas = [torch.empty(8, 5, dtype=torch.bfloat16, device="meta") for _ in range(packing.num_hf)]
+    packed = packing.pack(metas, sizes)
+    assert packed.is_meta and packed.shape == (8 * packing.num_hf, 5)
+    assert [tuple(tensor.shape) for tensor in packing.unpack(packed, sizes)] == [(8, 5)] * packing.num_hf
