@@ -6,6 +6,7 @@ Writes OUTPUT/train.json and OUTPUT/heldout.json (LLaVA conversations) and OUTPU
 import argparse
 import json
 import random
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -71,11 +72,18 @@ def picture(thing: Thing, rng: random.Random) -> Image.Image:
 
 
 def draw(output: Path, num_train: int, num_heldout: int, seed: int) -> None:
-    """Draw both sets. A quarter of the held-out pictures shows things of UNSEEN, the others things trained on."""
+    """Draw both sets. A quarter of the held-out pictures shows things of UNSEEN, the others things trained on.
+
+    Raises SystemExit where `output` exists; it appears only when all is drawn.
+    """
+    if output.exists():
+        raise SystemExit(f"error: {output} exists already; remove it or name another --output")
+    aside = output.with_name(output.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "images").mkdir(parents=True)
     rng = random.Random(seed)
     seen, unseen = [thing for thing in THINGS if thing not in UNSEEN], sorted(UNSEEN)
     num_unseen = num_heldout // 4
-    (output / "images").mkdir(parents=True)
     sets = {
         "train": [rng.choice(seen) for _ in range(num_train)],
         "heldout": [rng.choice(unseen) for _ in range(num_unseen)]
@@ -85,7 +93,7 @@ def draw(output: Path, num_train: int, num_heldout: int, seed: int) -> None:
         samples = []
         for i, thing in enumerate(things):
             file = f"{name}-{i:05}.jpg"
-            picture(thing, rng).save(output / "images" / file, quality=95)
+            picture(thing, rng).save(aside / "images" / file, quality=95)
             samples.append(
                 {
                     "id": f"{name}-{i:05}",
@@ -97,8 +105,9 @@ def draw(output: Path, num_train: int, num_heldout: int, seed: int) -> None:
                     ],
                 }
             )
-        (output / f"{name}.json").write_text(json.dumps(samples, indent=1) + "\n")
-    print(f"{output}: {num_train} pictures to train on and {num_heldout} held out, {num_unseen} of these of unseen things")
+        (aside / f"{name}.json").write_text(json.dumps(samples, indent=1) + "\n")
+    aside.rename(output)
+    print(f"{output}: {num_train} pictures to train on, {num_heldout} held out, {num_unseen} of these of unseen things")
 
 
 if __name__ == "__main__":

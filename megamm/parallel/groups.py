@@ -64,10 +64,11 @@ def start(parallel: Parallel, seed: int = 0) -> Ranks:
             f"{world} processes cannot be divided by parallel.tp {parallel.tp} x parallel.pp {parallel.pp}: "
             "start a multiple of that many (--nproc-per-node)"
         ])
-    parallel_state.destroy_model_parallel()
+    _drop_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        create_gloo_process_groups=False,
         # llm.embed and llm.head may live on any stages; no group spans the first and the last one by default.
         get_embedding_ranks=lambda pp_ranks, *_: [pp_ranks[0]],
         get_position_embedding_ranks=lambda pp_ranks, *_: [pp_ranks[0]],
@@ -83,6 +84,15 @@ def start(parallel: Parallel, seed: int = 0) -> Ranks:
         dp=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
     )
+
+
+def _drop_groups() -> None:
+    """Forget the groups of an earlier layout and free them: megatron-core only forgets, and the threads of every gloo
+    group wake up a hundred times a second for ever."""
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None:
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def stop() -> None:
