@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         found = plan(config, world_size)
         must_start_from_weights(config, found)
         groups.start_distributed()
-        run(config, found, groups.start(config.parallel, config.train.seed))
+        run(config, found, groups.start(config.parallel, found.layout, config.train.seed))
         groups.stop()
     except MegammError as error:
         if groups.is_first():

@@ -38,7 +38,7 @@ from megamm.parallel.placement import Layout, auto_layout, parse_layout
 from megamm.registry import FAMILIES, family
 from megamm.training.optim import wrap
 from megamm.training.setup import part_sizes
-from megamm.training.step import mean_loss, run_pipeline
+from megamm.training.step import fewest_batches, mean_loss, run_pipeline
 from megamm.weights.convert import open_hf
 
 EQUAL = 0.0
@@ -195,14 +195,14 @@ def _families(request: Request) -> list:
 def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict[str, np.ndarray]]:
     """What this rank knows of each case's outputs; only the first tensor and data parallel rank of a stage reports."""
     backend.start("auto", groups.local_rank())
-    groups.start_distributed()
-    ranks = groups.start(request.parallel)
     checkpoint = open_hf(request.hf, request.tower, _families(request))
     options = checkpoint.family.read(checkpoint.config)
     flat = units(options, num_tokens=1024, num_images=1, seq_length=1024)
     build = Build(
         tp=request.tp, sequence_parallel=request.sequence_parallel, layout=parse_layout(layout, flat, request.pp)
     )
+    groups.start_distributed()
+    ranks = groups.start(request.parallel, build.layout)
     modules = build_stages(options, build, checkpoint.table)
     fill(modules, checkpoint.table, lambda entry: checkpoint.load(entry.name))
     stages = wrap(modules, distributed_optimizer=False)
@@ -213,9 +213,9 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
             stage.zero_grad_buffer()
         batch = _batch(case.samples, options, build)
         with captured(modules, batch, options) as outputs:
-            loss, _ = mean_loss(run_pipeline(stages, [batch]))
+            loss, _ = mean_loss(run_pipeline(stages, [batch] * fewest_batches(stages)))
         found = {name: value.float().numpy() for name, value in outputs.items()}
-        for name, parameter in canonical_parameters(modules).items():
+        for name, parameter in canonical_parameters(modules):
             entry = checkpoint.table[name]
             whole = join(entry, getattr(parameter, "main_grad"))  # noqa: B009 - DDP's, unknown to torch's types
             for key, grad in zip(entry.hf, entry.unpack(whole), strict=True):

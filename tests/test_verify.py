@@ -20,6 +20,8 @@ FAST = [
     dict(pp=4, layout="Vvvv|PE|tt|tL"),
     dict(tp=4, sequence_parallel=True),
     dict(dp=2),
+    dict(pp=2, layout="Vv|vvPE|t|ttL"),
+    dict(tp=2, pp=2, layout="V|v|v|vP|Ett|tL", sequence_parallel=True),
 ]
 GRID = [
     dict(tp=tp, pp=pp, sequence_parallel=sp, layout=layout)

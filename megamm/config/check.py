@@ -23,6 +23,7 @@ _LIMITS: dict[str, _Limit] = {
     "data.num_workers": _COUNT_OR_NONE,
     "parallel.tp": _COUNT,
     "parallel.pp": _COUNT,
+    "parallel.virtual_stages": _COUNT,
     "optim.lr": _POSITIVE,
     "optim.min_lr": _NOT_NEGATIVE,
     "optim.vision_lr": _POSITIVE,
@@ -94,6 +95,15 @@ def _layout_problems(config: Config, world_size: int) -> list[str]:
     parallel, train = config.parallel, config.train
     if parallel.sequence_parallel and parallel.tp == 1:
         problems.append("parallel.sequence_parallel=True needs parallel.tp above 1; set one or the other")
+    if parallel.virtual_stages > 1 and parallel.pp == 1:
+        problems.append(
+            f"parallel.virtual_stages={parallel.virtual_stages} needs parallel.pp above 1; set one or the other"
+        )
+    if parallel.virtual_stages > 1 and parallel.layout != "auto":
+        problems.append(
+            f"parallel.virtual_stages={parallel.virtual_stages} is for parallel.layout=auto; an explicit cut has as "
+            "many as its length says: leave it at 1"
+        )
     model_parallel = parallel.tp * parallel.pp
     dp, left_over = divmod(world_size, model_parallel)
     if left_over or dp == 0:

@@ -51,6 +51,8 @@ class Parallel:
     layout: str = "auto"
     """`auto` balances estimated FLOPs; or an explicit cut such as `Vv*24P|Et*16|t*16L` (V vision.embed, v vision
     layer, P projector, E llm.embed, t llm layer, L llm.head; x*3 repeats x; | next stage)."""
+    virtual_stages: int = 1
+    """Stages per pipeline rank of layout `auto`; more than 1 interleaves. An explicit cut says it by its length."""
     sequence_parallel: bool = False
     """Split the sequence of norms and residuals over the tp ranks of the llm. Needs tp > 1."""
 

@@ -30,7 +30,7 @@ def read(config: dict[str, Any]) -> VlmOptions:
     if config.get("model_type") != "llava" or not {"text_config", "vision_config"} <= config.keys():
         raise CheckpointError("config.json is not a llava of transformers: model_type, text_config or vision_config")
     get = {**DEFAULTS, **config}.__getitem__
-    for field in ("projector_hidden_act", "multimodal_projector_bias", "tie_word_embeddings"):
+    for field in ("projector_hidden_act", "multimodal_projector_bias"):
         if get(field) != DEFAULTS[field]:
             raise CheckpointError(f"config.json: {field} {get(field)!r} is not supported, only {DEFAULTS[field]!r}")
     for part, kind, only in (("text", "llama", "llama"), ("vision", "clip_vision_model", "clip_vision_model")):
@@ -44,7 +44,7 @@ def read(config: dict[str, Any]) -> VlmOptions:
             f"integer, not {strategy!r} and {layer!r}"
         )
     vision = clip.from_hf(config["vision_config"], layer, keep_class_token=strategy == "full")
-    llm = llama.from_hf(config["text_config"])
+    llm = llama.from_hf({**config["text_config"], "tie_word_embeddings": _is_tied(config)})
     return VlmOptions(
         family="llava",
         vision=vision,
@@ -57,12 +57,21 @@ def read(config: dict[str, Any]) -> VlmOptions:
     )
 
 
+def _is_tied(config: dict[str, Any]) -> bool:
+    """The whole model's field counts for transformers; the llm's own, where it is given, must not contradict."""
+    tied = config.get("tie_word_embeddings", DEFAULTS["tie_word_embeddings"])
+    if config["text_config"].get("tie_word_embeddings", tied) != tied:
+        raise CheckpointError("config.json: tie_word_embeddings differs between the model and its text_config")
+    return tied
+
+
 def write(options: VlmOptions) -> dict[str, Any]:
     """Options -> config.json of LlavaForConditionalGeneration."""
     source, vision = options.hf, options.vision
     known = {
         "architectures": source.get("architectures", ["LlavaForConditionalGeneration"]),
         "model_type": "llava",
+        "tie_word_embeddings": options.llm.has_tied_embeddings,
         "text_config": llama.to_hf(options.llm, source.get("text_config", {})),
         "vision_config": clip.to_hf(vision, source.get("vision_config", {})),
         "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",

@@ -49,7 +49,7 @@ def find_size_problems(parallel: Parallel, parts: Mapping[str, Sizes], units: Se
         )
     try:
         if parallel.layout == "auto":
-            auto_layout(units, parallel.pp)
+            auto_layout(units, parallel.pp, virtual=parallel.virtual_stages)
         else:
             parse_layout(parallel.layout, units, parallel.pp)
     except ConfigError as error:

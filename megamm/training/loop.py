@@ -41,7 +41,7 @@ def run(config: Config, found: Plan, ranks: Ranks) -> float:
     elif resumed is None:
         log.info("weights drawn from seed %d", config.train.seed)
         draw(stages, table, config.train.seed)
-    freeze(stages, config.train.freeze)
+    freeze(stages, found.layout, config.train.freeze)
 
     data = train_loader(config, found, ranks)
     num_steps = found.num_steps

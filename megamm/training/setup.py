@@ -90,7 +90,11 @@ def plan(config: Config, world_size: int, needs_data: bool = True) -> Plan:
             f"data.path={config.data.path} was preprocessed for family {reader.info.get('family')}, "
             f"model.family is {config.model.family}; preprocess it again with --family {config.model.family}"
         )
-    if problems:
+    layout = None
+    if not problems:
+        layout = choose_layout(config, flat)
+        problems += _interleaving_problems(config, layout, world_size)
+    if problems or layout is None:
         raise ConfigError(problems)
     num_samples = len(reader) if reader is not None else None
     by_epochs = math.ceil(config.train.epochs * (num_samples or 0) / config.train.global_batch)
@@ -100,18 +104,37 @@ def plan(config: Config, world_size: int, needs_data: bool = True) -> Plan:
         info=info,
         start=start,
         units=flat,
-        layout=choose_layout(config, flat),
+        layout=layout,
         dp=world_size // (config.parallel.tp * config.parallel.pp),
         num_samples=num_samples,
         num_steps=config.train.steps or by_epochs,
     )
 
 
+def _interleaving_problems(config: Config, layout: Layout, world_size: int) -> list[str]:
+    """Virtual stages pass micro-batches on in groups of pp."""
+    parallel, train = config.parallel, config.train
+    at_once = train.micro_batch * (world_size // (parallel.tp * parallel.pp))
+    if layout.virtual == 1 or train.global_batch // at_once % parallel.pp == 0:
+        return []
+    return [
+        f"train.global_batch={train.global_batch} makes {train.global_batch // at_once} micro-batches per replica; "
+        f"{layout.virtual} virtual stages need a multiple of parallel.pp={parallel.pp} of them: legal is a multiple of "
+        f"{at_once * parallel.pp}"
+    ]
+
+
 def choose_layout(config: Config, flat: Sequence[Unit]) -> Layout:
     """The cut that `parallel.layout` names, or the balanced one."""
     parallel = config.parallel
     if parallel.layout == "auto":
-        return auto_layout(flat, parallel.pp, frozen=config.train.freeze, recompute=config.train.recompute == "full")
+        return auto_layout(
+            flat,
+            parallel.pp,
+            frozen=config.train.freeze,
+            virtual=parallel.virtual_stages,
+            recompute=config.train.recompute == "full",
+        )
     return parse_layout(parallel.layout, flat, parallel.pp)
 
 
@@ -151,8 +174,8 @@ def _read_info(config: Config, of_family: Family) -> tuple[CheckpointInfo, Path 
         missing = f"model.pretrained={model.pretrained} does not exist" if model.pretrained else "neither is given"
         raise ConfigError(
             [
-                f"model: {missing}; give model.pretrained, a checkpoint that tools/checkpoint/hf_to_megatron.py made, or "
-                "model.config, a config.json whose sizes are taken and whose weights are drawn"
+                f"model: {missing}; give model.pretrained, a checkpoint that tools/checkpoint/hf_to_megatron.py made, "
+                "or model.config, a config.json whose sizes are taken and whose weights are drawn"
             ]
         )
     return CheckpointInfo(

@@ -98,6 +98,12 @@ def run_pipeline(
     )
 
 
+def fewest_batches(stages: Stages) -> int:
+    """The number of micro-batches must be a multiple of this: interleaving passes them on in groups of pp."""
+    config = get_model_config(stages[0])
+    return config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
+
+
 def mean_loss(reduced: Sequence[dict[str, Tensor]]) -> tuple[float, int]:
     """Mean loss and number of targets over all micro-batches of all ranks, the same on every rank.
 

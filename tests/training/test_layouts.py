@@ -19,8 +19,11 @@ LAYOUTS = {
     "tp2 pp2 sp": Parallel(tp=2, pp=2, sequence_parallel=True),
     "dp2": Parallel(),
     "tp2 dp2 sp": Parallel(tp=2, sequence_parallel=True),
+    "pp2 interleaved": Parallel(pp=2, virtual_stages=2),
+    "pp2 interleaved cut in the tower": Parallel(pp=2, layout="Vv|vvPE|t|ttL"),
+    "tp2 pp2 sp interleaved": Parallel(tp=2, pp=2, sequence_parallel=True, virtual_stages=3),
 }
-RANKS = {"tp2": 2, "tp2 sp": 2, "pp2": 2, "pp2 cut in the tower": 2, "tp2 pp2 sp": 4, "dp2": 2, "tp2 dp2 sp": 4}
+RANKS = {name: layout.tp * layout.pp * (2 if "dp2" in name else 1) for name, layout in LAYOUTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +35,7 @@ def config(tmp_path_factory, golden):
         model=Model(family="llava", config=str(golden / "llava/hf_native/hf/config.json")),
         data=Data(path=str(prefix), eval_path=str(prefix), max_tokens=40, num_workers=0),
         optim=Optim(lr=3e-3, warmup=0.1, weight_decay=0.1, projector_lr=1e-3),
-        train=Train(
-            global_batch=4, micro_batch=1, steps=STEPS, precision="fp32", eval_every_steps=10, eval_samples=7
-        ),
+        train=Train(global_batch=4, micro_batch=1, steps=STEPS, precision="fp32", eval_every_steps=10, eval_samples=7),
         checkpoint=Checkpoint(dir="set by each test", every_steps=10, keep_last=0),
     )
 
@@ -86,11 +87,15 @@ def test_frozen_parts_stay_as_they_are(freeze, config, pool, tmp_path):
         config, train=dataclasses.replace(config.train, steps=6, recompute="full", eval_every_steps=0)
     )
     short = dataclasses.replace(
-        short, checkpoint=dataclasses.replace(config.checkpoint, every_steps=1), data=Data(path=config.data.path)
+        short,
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=1),
+        data=dataclasses.replace(config.data, eval_path=None),
     )
     expected = pool.run(jobs.train, at(short, tmp_path / "one", freeze=freeze), ranks=1)[0]
-    found = pool.run(jobs.train, at(short, tmp_path / "four", LAYOUTS["tp2 pp2 sp"], freeze=freeze), ranks=4)[0]
-    assert_same(found, expected)
+    for layout in ("tp2 pp2 sp", "pp2 cut in the tower", "pp2 interleaved cut in the tower"):
+        directory = tmp_path / "four" if layout == "tp2 pp2 sp" else tmp_path / layout
+        found = pool.run(jobs.train, at(short, directory, LAYOUTS[layout], freeze=freeze), ranks=RANKS[layout])[0]
+        assert_same(found, expected)
     first, last = (StoredTensors(tmp_path / f"four/step_0000000{step}") for step in (1, 6))
     for name in first.infos:
         part = name.split(".")[0]
@@ -107,10 +112,54 @@ def test_losses_do_not_depend_on_the_micro_batch(micro_batch, config, reference,
 
 @pytest.mark.parametrize(
     ("saved_at", "resumed_at"),
-    [("tp2 pp2 sp", "dp2"), ("dp2", "pp2 cut in the tower"), ("pp2", "tp2 dp2 sp")],
+    [
+        ("tp2 pp2 sp", "dp2"),
+        ("dp2", "pp2 interleaved cut in the tower"),
+        ("pp2 cut in the tower", "tp2 dp2 sp"),
+        ("tp2 pp2 sp interleaved", "pp2"),
+    ],
 )
 def test_a_run_saved_in_one_layout_goes_on_in_another(saved_at, resumed_at, config, reference, pool, tmp_path):
     first = at(config, tmp_path, LAYOUTS[saved_at])
     pool.run(jobs.train_until, first, 10, ranks=RANKS[saved_at])
     lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS[resumed_at]), ranks=RANKS[resumed_at])[0]
     assert_same(lines, reference[1])
+
+
+def test_behind_frozen_parts_no_gradient_is_computed_or_sent(config, pool, tmp_path):
+    layout = Parallel(pp=2, layout="Vvvv|PEtttL")
+    short = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, eval_path=None),
+        train=dataclasses.replace(config.train, steps=2, eval_every_steps=0),
+    )
+    sent = pool.run(jobs.backward_messages, at(short, tmp_path / "frozen", layout, freeze=("vision",)), ranks=2)
+    assert sent == [[], [1] * 8]
+    sent = pool.run(jobs.backward_messages, at(short, tmp_path / "trained", layout), ranks=2)
+    assert len(sent[1]) == 8 and min(sent[1]) > 100
+
+
+def test_a_run_with_several_gradient_buckets_is_saved_and_goes_on(config, reference, pool, tmp_path):
+    parallel = LAYOUTS["dp2"]
+    lines, buckets = pool.run(jobs.train_in_buckets, at(config, tmp_path, parallel), ranks=2)[0]
+    assert buckets > 2
+    assert_same(lines, reference[1])
+    jobs.drop_after(tmp_path, 10)
+    lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS["tp2 pp2 sp"]), ranks=4)[0]
+    assert_same(lines, reference[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "ranks"),
+    [
+        (Parallel(pp=2, layout="Vv|vvPE|t|ttL"), 2),
+        (Parallel(pp=2, virtual_stages=3), 2),
+        (Parallel(tp=2, pp=2, virtual_stages=2, sequence_parallel=True), 4),
+    ],
+    ids=["pp2 x 2", "pp2 x 3", "tp2 pp2 x 2 sp"],
+)
+def test_200_interleaved_steps_are_all_the_same(parallel, ranks, config, pool, tmp_path):
+    results = pool.run(jobs.repeat, at(config, tmp_path, parallel, global_batch=8), 200, ranks=ranks)
+    assert all(len(set(of_rank)) == 1 for of_rank in results)
+    assert results[0][0][0] > 1.0
