@@ -84,19 +84,17 @@ def test_recomputation_changes_nothing(config, reference, pool, tmp_path):
 def test_frozen_parts_stay_as_they_are(freeze, config, pool, tmp_path):
     """At every layout the same losses, and the frozen tensors of the last checkpoint are those of the first."""
     short = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, steps=6, recompute="full", eval_every_steps=0)
-    )
-    short = dataclasses.replace(
-        short,
-        checkpoint=dataclasses.replace(config.checkpoint, every_steps=1),
+        config,
         data=dataclasses.replace(config.data, eval_path=None),
+        train=dataclasses.replace(config.train, steps=4, recompute="full", eval_every_steps=0),
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=2),
     )
     expected = pool.run(jobs.train, at(short, tmp_path / "one", freeze=freeze), ranks=1)[0]
-    for layout in ("tp2 pp2 sp", "pp2 cut in the tower", "pp2 interleaved cut in the tower"):
+    for layout in ("tp2 pp2 sp", "pp2 interleaved cut in the tower"):
         directory = tmp_path / "four" if layout == "tp2 pp2 sp" else tmp_path / layout
         found = pool.run(jobs.train, at(short, directory, LAYOUTS[layout], freeze=freeze), ranks=RANKS[layout])[0]
         assert_same(found, expected)
-    first, last = (StoredTensors(tmp_path / f"four/step_0000000{step}") for step in (1, 6))
+    first, last = (StoredTensors(tmp_path / f"four/step_0000000{step}") for step in (2, 4))
     for name in first.infos:
         part = name.split(".")[0]
         if part in PARTS:
