@@ -38,6 +38,9 @@ class Data:
     """Processes per rank that read and decode; 0 decodes in the training process."""
     shuffle: bool = True
     """Draw a new order from `train.seed` every epoch. False: the stored order."""
+    group_by_modality_length: bool = False
+    """Draw it so that every step has only samples with pictures or only text, longest first: less padding. LLaVA's
+    option of the same name. Needs `shuffle`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -147,6 +147,7 @@ def _loader(config: Config, found: Plan, ranks: Ranks, path: str, num_samples: i
         * (16 if config.train.precision == "fp8" else 1),
         seed=config.train.seed,
         shuffle=config.data.shuffle and num_samples is None,
+        group_by_modality_length=config.data.group_by_modality_length,
         num_workers=config.data.num_workers if num_samples is None else 0,
         num_samples=num_samples,
     )

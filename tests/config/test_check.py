@@ -60,6 +60,10 @@ def test_a_sound_configuration_passes() -> None:
         ({"train__freeze": ("tower",)}, "train.freeze=tower must be any of vision, projector, llm"),
         ({"train__freeze": ("llm", "vision", "projector")}, "leaves nothing to train"),
         ({"train__eval_every_steps": 10}, "train.eval_every_steps=10 needs data.eval_path"),
+        (
+            {"data__group_by_modality_length": True, "data__shuffle": False},
+            "data.group_by_modality_length=True draws an order of its own, data.shuffle=False",
+        ),
         ({"train__precision": "fp8", "train__backend": "cpu"}, "train.precision=fp8 needs a GPU"),
     ],
 )
