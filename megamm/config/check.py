@@ -8,7 +8,6 @@ from math import inf
 from operator import attrgetter
 
 from megamm.config.schema import PARTS, Config
-from megamm.errors import ConfigError
 
 _Limit = tuple[Callable[[float], bool], str]
 
@@ -47,23 +46,20 @@ _LIMITS: dict[str, _Limit] = {
 }
 
 
-def check(config: Config, world_size: int) -> None:
-    """Raise ConfigError with everything that keeps `config` from running on `world_size` ranks."""
-    if problems := find_problems(config, world_size):
-        raise ConfigError(problems)
-
-
 def find_problems(config: Config, world_size: int) -> list[str]:
     """Everything that keeps `config` from running on `world_size` ranks; each names the field and the legal values."""
     problems = []
+    illegal = set()
     for name, (holds, legal) in _LIMITS.items():
         value = attrgetter(name)(config)
         if value is not None and not holds(value):
+            illegal.add(name)
             problems.append(f"{name}={value} must be {legal}")
     for name in ("model.family", "data.path", "checkpoint.dir"):
         if not attrgetter(name)(config):
             problems.append(f"{name} must not be empty")
-    if not problems:  # the arithmetic below means nothing with sizes that are no sizes
+    sizes = {"parallel.tp", "parallel.pp", "parallel.virtual_stages", "train.global_batch", "train.micro_batch"}
+    if not illegal & sizes:
         problems += _layout_problems(config, world_size)
 
     model, optim, train = config.model, config.optim, config.train
@@ -72,7 +68,7 @@ def find_problems(config: Config, world_size: int) -> list[str]:
             "model.pretrained, model.config: nothing gives the sizes; set the first to a megamm checkpoint, or the "
             "second to a Hugging Face config.json"
         )
-    if optim.min_lr > optim.lr:
+    if not illegal & {"optim.lr", "optim.min_lr"} and optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr={optim.min_lr} must not be above optim.lr={optim.lr}")
     unknown = [part for part in train.freeze if part not in PARTS]
     if unknown:

@@ -160,7 +160,7 @@ def _explain(path: Path, error: Exception) -> str:
     """One message for whatever a recipe raised: the recipe's own line, the error, and the field that was meant."""
     line = error.lineno if isinstance(error, SyntaxError) else None
     for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == str(path):
+        if Path(frame.filename) == path.absolute():
             line = frame.lineno
     place = f"recipe {path}" + (f", line {line}" if line else "")
     if isinstance(error, AttributeError) and error.name == "config" and line is None:

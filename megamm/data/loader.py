@@ -1,7 +1,7 @@
 """Dataset on disk -> the micro-batches of each step on each data parallel rank, in a seeded order, resumable exactly.
 
-What is drawn depends on the number of samples consumed, the seed and, where samples are grouped, the global batch: never
-on ranks, micro-batches or workers.
+What is drawn depends on the seed, the number of samples consumed and, where samples are grouped, the global batch:
+never on ranks, micro-batches or workers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

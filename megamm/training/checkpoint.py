@@ -89,7 +89,7 @@ def save(
 
 def load(path: Path, state: RunState, info: CheckpointInfo) -> tuple[int, dict[str, Any]]:
     """Load a checkpoint of this run at whatever layout this run has -> (its step, the loader's state)."""
-    _check_same_model(path, info)
+    check_same_model(path, info)
     loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
     for k, stage in enumerate(state.stages):
         cast(VLM, stage.module).load_state_dict(loaded[f"stage{k}"])
@@ -108,7 +108,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 def load_weights(path: Path, stages: Sequence[VLM], info: CheckpointInfo) -> None:
     """Load only the weights, from an imported checkpoint or one of another run, into stages not yet behind DDP."""
-    _check_same_model(path, info)
+    check_same_model(path, info)
     sharded = {f"stage{k}": _weights(stage) for k, stage in enumerate(stages)}
     loaded = dist_checkpointing.load(sharded, str(path))
     for k, stage in enumerate(stages):
@@ -126,7 +126,8 @@ def _sharded(state: RunState, *, is_loading: bool) -> dict[str, Any]:
     return {**stages, "optimizer": optimizer, "schedule": state.schedule.state_dict()}
 
 
-def _check_same_model(path: Path, info: CheckpointInfo) -> None:
+def check_same_model(path: Path, info: CheckpointInfo) -> None:
+    """Raise CheckpointError unless the checkpoint at `path` holds the model that `info` describes."""
     stored = read_info(path)
     if stored.family != info.family:
         raise CheckpointError(f"{path} is a checkpoint of family {stored.family}; this run trains {info.family}")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from examples.quickstart import caption, draw, make_model, report, run
 from megamm import registry
 from megamm.batch import IGNORE, IMAGE
-from megamm.config.check import check
+from megamm.config.check import find_problems
 from megamm.config.load import load_recipe
 from megamm.data.template import template
 from megamm.data.text import expand, tokenise
@@ -171,7 +171,7 @@ def test_the_report_shows_wrong_captions_but_not_only_those() -> None:
 
 def test_the_recipe_fits_four_ranks() -> None:
     config = load_recipe(ROOT / "examples" / "quickstart" / "recipe.py")
-    check(config, world_size=4)
+    assert not find_problems(config, world_size=4)
     assert (config.parallel.tp, config.parallel.pp, config.train.precision) == (2, 2, "fp32")
 
 

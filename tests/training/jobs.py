@@ -9,7 +9,6 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megamm import backend
-from megamm.config.check import check
 from megamm.config.schema import Config
 from megamm.models.build import build_stages
 from megamm.models.parameters import draw
@@ -24,9 +23,8 @@ from megamm.training.step import mean_loss, run_pipeline
 
 def train(config: Config) -> list[dict]:
     """A whole run as megamm.train does it -> the lines of its log, on every rank."""
-    check(config, groups.world_size())
-    backend.start("cpu")
     found = plan(config, groups.world_size())
+    backend.start("cpu")
     groups.start_distributed()
     run(config, found, groups.start(config.parallel, found.layout, config.train.seed))
     return [json.loads(line) for line in (Path(config.checkpoint.dir) / LOG).read_text().splitlines()]
@@ -84,9 +82,8 @@ def backward_messages(config: Config) -> list[int]:
 
 def repeat(config: Config, times: int) -> list[tuple[float, float]]:
     """The same forward and backward pass again and again -> loss and sum of absolute gradients of each."""
-    check(config, groups.world_size())
-    backend.start("cpu")
     found = plan(config, groups.world_size())
+    backend.start("cpu")
     groups.start_distributed()
     ranks = groups.start(config.parallel, found.layout, config.train.seed)
     table = found.family.keys[found.info.dialect](found.options)
