@@ -68,7 +68,7 @@ def plan(config: Config, world_size: int, needs_data: bool = True) -> Plan:
     """
     of_family = family(config.model.family)
     info, start = _read_info(config, of_family)
-    options = of_family.read(info.hf_config)
+    options = of_family.read(info.hf_config, info.tower_config)
     reader = Reader(config.data.path) if needs_data or _exists(config.data.path) else None
     tokens, images = _mean_sample(options, config.data, reader)
     micro_batch = config.train.micro_batch
