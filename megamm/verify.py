@@ -178,7 +178,7 @@ def verify(request: Request, cases: Sequence[str | Path], pool: RankPool | None 
 def read_model(request: Request) -> tuple[VlmOptions, Layout]:
     """The model's options and its layout, checked, before any rank is started."""
     checkpoint = open_hf(request.hf, request.tower, _families(request))
-    options = checkpoint.family.read(checkpoint.config)
+    options = checkpoint.options
     flat = units(options, num_tokens=1024, num_images=1, seq_length=1024)
     check_sizes(request.parallel, part_sizes(options), flat)
     if request.sequence_parallel and request.tp == 1:
@@ -196,7 +196,7 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
     """What this rank knows of each case's outputs; only the first tensor and data parallel rank of a stage reports."""
     backend.start("auto", groups.local_rank())
     checkpoint = open_hf(request.hf, request.tower, _families(request))
-    options = checkpoint.family.read(checkpoint.config)
+    options = checkpoint.options
     flat = units(options, num_tokens=1024, num_images=1, seq_length=1024)
     build = Build(
         tp=request.tp, sequence_parallel=request.sequence_parallel, layout=parse_layout(layout, flat, request.pp)

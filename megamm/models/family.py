@@ -13,14 +13,20 @@ class Family:
     """Everything megamm knows about one family; `models/vlm.py` holds no family name."""
 
     name: str
-    read: Callable[[dict[str, Any]], VlmOptions]
-    """config.json -> options. Raises CheckpointError for a model the family cannot be."""
-    write: Callable[[VlmOptions], dict[str, Any]]
-    """The way back: `write(read(c)) == c`."""
+    read: Callable[[dict[str, Any], dict[str, Any] | None], VlmOptions]
+    """config.json, and that of a separately published vision tower -> options. CheckpointError: a model the family
+    cannot be, or a config.json that leaves the tower's sizes to the tower's own, which is not given."""
+    write: Callable[[VlmOptions, str], tuple[dict[str, Any], dict[str, Any] | None]]
+    """Options, dialect -> what `read` takes. Nothing changes on the way there and back in the dialect that was read.
+    CheckpointError: a model that the dialect cannot say."""
+    compose: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+    """config.json of a plain llm, and of a plain vision tower -> that of a model of both, in the export dialect."""
     keys: dict[str, Callable[[VlmOptions], KeyMap]]
-    """Dialect -> table of its key names."""
+    """Dialect -> table of its key names; the export dialect first."""
     export_dialect: str
     """Dialect to export in when the checkpoint was not imported from one."""
+    drawn: tuple[str, ...] = ("projector.",)
+    """Beginnings of the canonical names that neither a plain llm nor a plain tower has: a start draws them."""
     template: str
     """Name of the conversation template of its sft."""
     pretrain_template: str = "plain"

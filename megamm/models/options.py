@@ -101,3 +101,5 @@ class VlmOptions:
     """Visual tokens that one picture becomes."""
     hf: dict[str, Any] = field(default_factory=dict, repr=False)
     """The config.json that these options were read from, word for word."""
+    tower_hf: dict[str, Any] | None = field(default=None, repr=False)
+    """The vision tower's own config.json, word for word, where these options were read from that, too."""

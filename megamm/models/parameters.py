@@ -4,7 +4,6 @@ Canonical names come from megatron-core itself (`sharded_state_dict` with global
 megamm/weights and the built model cannot drift apart unnoticed.
 """
 
-import hashlib
 from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 
@@ -19,6 +18,7 @@ from megamm.errors import CheckpointError
 from megamm.models.vlm import VLM
 from megamm.parallel.groups import gather_over_tp
 from megamm.parallel.placement import Layout
+from megamm.weights.draw import draw as draw_tensor
 from megamm.weights.keymap import Entry, KeyMap
 
 
@@ -65,36 +65,9 @@ def fill(chunks: Iterable[VLM], keymap: KeyMap, read: Callable[[Entry], Tensor])
         parameter.copy_(local)
 
 
-def draw(chunks: Iterable[VLM], keymap: KeyMap, seed: int, std: float = 0.02) -> None:
-    """Fill every parameter at random: norms 1, biases 0, the rest normal(0, std).
-
-    Each global tensor is drawn from `seed` and its own name, so the draw depends on no layout.
-    """
-    global_shapes = _global_shapes(chunks, keymap)
-
-    def drawn(entry: Entry) -> Tensor:
-        shape = global_shapes[entry.name]
-        if entry.name.endswith("bias"):
-            return torch.zeros(shape)
-        if entry.name.endswith(("norm.weight", "layer_norm_weight", "layernorm.weight")):
-            return torch.ones(shape)
-        digest = hashlib.sha256(f"{seed}:{entry.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randn(shape, generator=generator) * std
-
-    fill(chunks, keymap, drawn)
-
-
-def _global_shapes(chunks: Iterable[VLM], keymap: KeyMap) -> dict[str, tuple[int, ...]]:
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    shapes = {}
-    for name, parameter in canonical_parameters(chunks):
-        shape = list(parameter.shape)
-        dim = keymap[name].partition_dim
-        if dim is not None:
-            shape[dim] *= size
-        shapes[name] = tuple(shape)
-    return shapes
+def draw(chunks: Iterable[VLM], keymap: KeyMap, seed: int) -> None:
+    """Fill every parameter at random, as weights/draw.py draws it."""
+    fill(chunks, keymap, lambda entry: draw_tensor(entry.name, entry.shape, seed))
 
 
 def join(entry: Entry, local: Tensor) -> Tensor:

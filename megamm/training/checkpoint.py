@@ -131,11 +131,8 @@ def check_same_model(path: Path, info: CheckpointInfo) -> None:
     stored = read_info(path)
     if stored.family != info.family:
         raise CheckpointError(f"{path} is a checkpoint of family {stored.family}; this run trains {info.family}")
-    differ = sorted(
-        key
-        for key in stored.hf_config.keys() | info.hf_config.keys()
-        if stored.hf_config.get(key) != info.hf_config.get(key)
-    )
+    theirs, ours = ({**which.hf_config, "vision tower": which.tower_config} for which in (stored, info))
+    differ = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     if differ:
         raise CheckpointError(
             f"{path} holds a model of other sizes: its config.json differs in {', '.join(differ)}. Give model.config "

@@ -216,7 +216,7 @@ def _read_model(config: Config) -> _Model | None:
         )
     else:
         return None
-    return _Model(family=of_family, info=info, options=of_family.read(info.hf_config), start=start)
+    return _Model(family=of_family, info=info, options=of_family.read(info.hf_config, info.tower_config), start=start)
 
 
 def _config_json(path: str) -> dict[str, Any]:

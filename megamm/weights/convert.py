@@ -16,9 +16,10 @@ import math
 import os
 import shutil
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -35,11 +36,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megamm.errors import CheckpointError
+from megamm.weights.draw import draw
 from megamm.weights.hf import (
     CONFIG,
     HfSource,
     HfWriter,
     TensorInfo,
+    has_weights,
     new_directory,
     read_config,
     read_json,
@@ -51,6 +54,8 @@ FORMAT_VERSION = 1
 INFO = "megamm.json"
 KEPT = "kept.safetensors"
 HF_FILES = "hf_files"
+TOWER = "vision_tower"
+"""Folder of an export in a dialect whose config.json leaves the tower's sizes out: the tower's own config.json."""
 
 _HF_FILE_PATTERNS = (
     "added_tokens*", "chat_template*", "generation_config*", "merges*", "*.model", "*preprocessor_config*",
@@ -65,9 +70,13 @@ class FamilyTables(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def read(self) -> Callable[[dict[str, Any]], Any]: ...
+    def read(self) -> Callable[[dict[str, Any], dict[str, Any] | None], Any]: ...
     @property
-    def write(self) -> Callable[[Any], dict[str, Any]]: ...
+    def write(self) -> Callable[[Any, str], tuple[dict[str, Any], dict[str, Any] | None]]: ...
+    @property
+    def compose(self) -> Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]: ...
+    @property
+    def drawn(self) -> tuple[str, ...]: ...
     @property
     def keys(self) -> Mapping[str, Callable[[Any], KeyMap]]: ...
 
@@ -81,42 +90,76 @@ class CheckpointInfo:
     """The dialect imported from, in which kept.safetensors is written; the default one of an export."""
     hf_config: dict[str, Any]
     """The config.json imported from, word for word."""
+    tower_config: dict[str, Any] | None = None
+    """The config.json of the vision tower's own directory, word for word; None: it was not given, or has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfCheckpoint:
-    """An opened Hugging Face checkpoint whose family and dialect are known."""
+    """Opened Hugging Face directories that together are a checkpoint whose family and dialect are known."""
 
     family: FamilyTables
-    dialect: str
-    config: dict[str, Any]
+    info: CheckpointInfo
+    options: Any
+    """What the family reads of the configuration."""
     table: KeyMap
     source: HfSource
+    """Every tensor under the name that the table has for it, from whichever directory."""
+    drawn: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """Canonical names that no directory has and that are drawn instead."""
+    seed: int = 0
 
     def load(self, name: str) -> Tensor:
         """The global tensor of a canonical name, in its source dtype, vocabulary padded."""
         entry = self.table[name]
+        if name in self.drawn:
+            return draw(name, entry.shape, self.seed).to(self.drawn[name].dtype)
         return entry.pack([self.source.read(key) for key in entry.hf])
 
+    def metas(self) -> dict[str, Tensor]:
+        """Every canonical tensor without data. CheckpointError: dtypes that do not fit together."""
+        infos = self.source.infos
+        return {
+            entry.name: self.drawn[entry.name].meta()
+            if entry.name in self.drawn
+            else entry.pack([infos[key].meta() for key in entry.hf])
+            for entry in self.table.entries()
+        }
+
+    def origins(self) -> dict[tuple[str, str, str], list[str]]:
+        """(part, how, directory) -> the canonical names that came from there so. How is copied or drawn, and would be
+        duplicated for what a family copies to a second place, too."""
+        origins: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+        for entry in self.table.entries():
+            part = entry.name.split(".")[0]
+            is_drawn = entry.name in self.drawn
+            origin = (part, "drawn", "") if is_drawn else (part, "copied", str(self.source.file(entry.hf[0]).parent))
+            origins[origin].append(entry.name)
+        return dict(origins)
+
     def load_slice(self, name: str, tp_rank: int, tp_size: int) -> Tensor:
-        """What one tensor parallel rank holds of a canonical name,. CheckpointError: no even cut."""
+        """What one tensor parallel rank holds of a canonical name. CheckpointError: no even cut."""
         return self.table[name].slice(self.load(name), tp_rank, tp_size)
 
 
 def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence[FamilyTables]) -> HfCheckpoint:
     """Open a Hugging Face directory as the one of `families` whose configuration and key names it has.
 
-    `tower_dir` fills only tensors that `hf_dir` lacks. Nothing is read but names, shapes and dtypes, and every row is
-    checked against them. CheckpointError: no family fits, or several do and the user must say which.
+    `tower_dir` fills only tensors that `hf_dir` lacks, and the tower's sizes where config.json leaves them out. Nothing
+    is read but names, shapes and dtypes, and every row is checked against them. CheckpointError: no family fits, or
+    several do and the user must say which.
     """
     config = read_config(hf_dir)
+    _refuse_adapter(hf_dir)
     source = HfSource(hf_dir)
-    tower = HfSource(tower_dir) if tower_dir is not None else None
+    tower_config, parts = _open_tower(tower_dir)
     found: list[HfCheckpoint] = []
     refusals: dict[str, CheckpointError] = {}
     for family in families:
         try:
-            found.append(_open_as(family, config, source, tower))
+            checkpoint = _open_as(family, config, tower_config, source, parts)
+            checkpoint.metas()  # what cannot be packed is refused here
+            found.append(checkpoint)
         except CheckpointError as error:
             refusals[family.name] = error
     if len(found) == 1:
@@ -130,27 +173,82 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
     raise CheckpointError(f"{hf_dir} is no checkpoint of a family that megamm knows:\n{reasons}")
 
 
-def _open_as(
-    family: FamilyTables, config: dict[str, Any], source: HfSource, tower: HfSource | None
+def open_start(
+    llm_dir: str | Path, tower_dir: str | Path, family: FamilyTables, seed: int, hf_dir: str | Path | None = None
 ) -> HfCheckpoint:
-    options = family.read(config)
-    tables = {dialect: make(options) for dialect, make in family.keys.items()}
-    tower_names = tower.infos if tower else ()
-    dialect = match(source.infos, tables, tower_names)
-    table = tables[dialect]
-    if tower:
-        source = source.with_tensors_of(tower, fill(source.infos, tower_names, table))
-    checkpoint = HfCheckpoint(family=family, dialect=dialect, config=config, table=table, source=source)
-    _packed_metas(checkpoint)
+    """Open a plain llm and a plain vision tower as a model of `family`; what neither has is drawn, in the llm's dtype.
+
+    `hf_dir`: weights that count before those of both, such as a trained projector; its config.json, if it has one, says
+    what the model is. CheckpointError: anything that does not fit, and a tensor of the llm that the family has not.
+    """
+    llm_config, tower_config = read_config(llm_dir), read_config(tower_dir)
+    llm, tower = HfSource(llm_dir), HfSource(tower_dir)
+    source, config = HfSource.empty(), family.compose(llm_config, tower_config)
+    if hf_dir is not None:
+        _refuse_adapter(hf_dir)
+        source = HfSource(hf_dir)
+        config = read_config(hf_dir) if (Path(hf_dir) / CONFIG).exists() else config
+    checkpoint = _open_as(family, config, tower_config, source, (llm, tower), family.drawn)
+    if unused := sorted(llm.infos.keys() - fill((), llm.infos, checkpoint.table).values()):
+        raise CheckpointError(
+            f"{llm_dir} holds {unused[0]} ({len(unused)} such tensors), which the llm of family {family.name} does not "
+            "have; is it a plain llm of that kind?"
+        )
+    dtype = Counter(info.dtype for info in llm.infos.values()).most_common(1)[0][0]
+    found = checkpoint.source.infos.keys()
+    drawn = {e.name: TensorInfo(e.shape, dtype) for e in checkpoint.table.entries() if not found >= set(e.hf)}
+    checkpoint = replace(checkpoint, drawn=drawn, seed=seed)
+    checkpoint.metas()
     return checkpoint
 
 
-def _packed_metas(checkpoint: HfCheckpoint) -> dict[str, Tensor]:
-    """Every canonical tensor without data; refuses shapes and dtypes that do not fit, before anything is read."""
-    infos = checkpoint.source.infos
-    return {
-        entry.name: entry.pack([infos[key].meta() for key in entry.hf]) for entry in checkpoint.table.entries()
-    }
+def _open_tower(tower_dir: str | Path | None) -> tuple[dict[str, Any] | None, tuple[HfSource, ...]]:
+    """Configuration and weights of a tower's directory, each where it is there."""
+    if tower_dir is None:
+        return None, ()
+    config = read_config(tower_dir) if (Path(tower_dir) / CONFIG).exists() else None
+    is_described_only = config is not None and not has_weights(tower_dir)
+    return config, () if is_described_only else (HfSource(tower_dir),)
+
+
+def _refuse_adapter(hf_dir: str | Path) -> None:
+    if found := sorted(Path(hf_dir).glob("adapter_model.*")):
+        raise CheckpointError(f"{found[0]} is a LoRA adapter, which would be left out; merge it into its base first")
+
+
+def _open_as(
+    family: FamilyTables,
+    config: dict[str, Any],
+    tower_config: dict[str, Any] | None,
+    source: HfSource,
+    parts: Sequence[HfSource],
+    new: tuple[str, ...] = (),
+) -> HfCheckpoint:
+    """`parts` fill what `source` lacks, one after the other; what begins with one of `new` may be nowhere."""
+    options = family.read(config, tower_config)
+    tables = {dialect: make(options) for dialect, make in family.keys.items()}
+    dialect = match(source.infos, tables, [part.infos for part in parts], new)
+    table = tables[dialect]
+    source = source.renamed(table.spelt(source.infos))
+    for part in parts:
+        source += part.renamed(fill(source.infos, part.infos, table))
+    _check_shapes(table, source.infos)
+    info = CheckpointInfo(family=family.name, dialect=dialect, hf_config=config, tower_config=tower_config)
+    return HfCheckpoint(family=family, info=info, options=options, table=table, source=source)
+
+
+def _check_shapes(table: KeyMap, infos: Mapping[str, TensorInfo]) -> None:
+    """Refuse tensors whose shapes are not those that the configuration makes, before anything is read."""
+    wrong = [
+        f"  {key} is {infos[key].shape}, not {shape}"
+        for entry in table.entries()
+        for key, shape in zip(entry.hf, entry.hf_shapes, strict=True)
+        if key in infos and infos[key].shape != shape
+    ]
+    if wrong:
+        more = [f"  and {len(wrong) - 8} more"] if len(wrong) > 8 else []
+        lines = "\n".join(["tensors have other shapes than config.json makes them; do they fit?", *wrong[:8], *more])
+        raise CheckpointError(lines)
 
 
 def import_hf(
@@ -162,17 +260,23 @@ def import_hf(
     largest tensor. CheckpointError: anything that does not fit; then `output` is not made.
     """
     checkpoint = open_hf(hf_dir, tower_dir, families)
+    write_checkpoint(checkpoint, output, hf_dir)
+    return checkpoint.info
+
+
+def write_checkpoint(checkpoint: HfCheckpoint, output: str | Path, *file_dirs: str | Path) -> None:
+    """Write an opened checkpoint as megamm's to `output`; tokenizer and processor files come from `file_dirs`, of two
+    with one name the first's. Holds at most about twice the largest tensor."""
     infos = checkpoint.source.infos
     kept = {name: infos[name] for name in sorted(checkpoint.table.kept(infos))}
-    info = CheckpointInfo(family=checkpoint.family.name, dialect=checkpoint.dialect, hf_config=checkpoint.config)
     with new_directory(output) as directory:
-        save_torch_dist(directory, _packed_metas(checkpoint), checkpoint.load)
+        save_torch_dist(directory, checkpoint.metas(), checkpoint.load)
         with HfWriter(directory, kept, filename=KEPT, max_shard_bytes=None) as writer:
             for name in kept:
                 writer.write(name, checkpoint.source.read(name))
-        copy_hf_files(hf_dir, directory)
-        write_info(directory, info)
-    return info
+        for file_dir in reversed(file_dirs):
+            copy_hf_files(file_dir, directory)
+        write_info(directory, checkpoint.info)
 
 
 def export_hf(
@@ -180,7 +284,8 @@ def export_hf(
 ) -> str:
     """Write the Hugging Face directory of a megamm checkpoint to `output`; returns its dialect.
 
-    `dialect` None: the one imported from. Every tensor keeps its stored dtype; a vocabulary loses its padding; kept
+    `dialect` None: the one imported from. The tower's tensors are among the rest even if they came from elsewhere. Every
+    tensor keeps its stored dtype; a vocabulary loses its padding; kept
     tensors and files come back. Holds at most about twice the largest tensor. CheckpointError: another family, an
     unknown dialect, tensors missing or unknown; then `output` is not made.
     """
@@ -193,17 +298,16 @@ def export_hf(
         if wanted not in family.keys:
             known = ", ".join(family.keys)
             raise CheckpointError(f"family {family.name} has no dialect {wanted!r}; it has {known}")
-    options = family.read(info.hf_config)
+    options = family.read(info.hf_config, info.tower_config)
+    config, tower_config = family.write(options, dialect)
     table = family.keys[dialect](options)
     stored = StoredTensors(source_dir)
     _check_complete(table, stored.infos, source_dir)
-
 
     infos: dict[str, TensorInfo] = {}
     for entry in table.entries():
         metas = entry.unpack(stored.infos[entry.name].meta())
         infos |= zip(entry.hf, map(TensorInfo.of, metas), strict=True)
-    config = info.hf_config if dialect == info.dialect else family.write(options)
     config = _with_dtype(config, {tensor.dtype for tensor in infos.values()})
 
     kept = HfSource.of_file(source_dir / KEPT) if (source_dir / KEPT).exists() else None
@@ -220,6 +324,9 @@ def export_hf(
                 for name, theirs in kept_names.items():
                     writer.write(name, kept.read(theirs))
         write_json(directory / CONFIG, config)
+        if tower_config is not None:
+            (directory / TOWER).mkdir()
+            write_json(directory / TOWER / CONFIG, tower_config)
         if (source_dir / HF_FILES).is_dir():
             shutil.copytree(source_dir / HF_FILES, directory, dirs_exist_ok=True)
     return dialect
@@ -230,6 +337,10 @@ def _check_complete(table: KeyMap, stored: Mapping[str, TensorInfo], source_dir:
     if missing := sorted(names - stored.keys()):
         raise CheckpointError(f"{source_dir} lacks {missing[0]} ({len(missing)} such tensors); it is not whole")
     parts = {name.split(".")[0] for name in names}
+    if wrong := next((e for e in table.entries() if stored[e.name].shape != e.shape), None):
+        raise CheckpointError(
+            f"{source_dir}: {wrong.name} is {stored[wrong.name].shape}, and its {INFO} makes it {wrong.shape}"
+        )
     if unknown := sorted(name for name in stored.keys() - names if name.split(".")[0] in parts):
         raise CheckpointError(
             f"{source_dir} holds {unknown[0]} ({len(unknown)} such tensors), which its family's table does not have; "

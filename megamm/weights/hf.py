@@ -1,17 +1,20 @@
-"""Hugging Face directories: safetensors read and written one tensor at a time, and config.json. Names and bytes only.
+"""Hugging Face directories: tensors read and written one at a time, and config.json. Names and bytes only.
 
-Tensors are read with the safetensors library, which checks the header against the file before anything is believed;
-they are written here, because the library can only write what is all in memory.
+safetensors are read with their library, which checks the header against the file before anything is believed, and
+PyTorch's files by `load_bin` alone; safetensors are written here, because the library can only write what is all in
+memory.
 """
 
 import json
 import os
+import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,7 +25,9 @@ from torch import Tensor
 from megamm.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+BIN = "pytorch_model.bin"
+BESIDE = ("mm_projector.bin", "non_lora_trainables.bin")
+"""What LLaVA's trainer writes beside or instead of whole weights."""
 CONFIG = "config.json"
 
 DTYPES = {
@@ -73,14 +78,17 @@ class TensorInfo:
 class _Stored:
     path: Path
     name: str
+    """As the file has it."""
     info: TensorInfo
 
 
 class HfSource:
-    """The tensors of a Hugging Face directory, single file or sharded; each is read when asked for and kept nowhere.
+    """The tensors of a Hugging Face directory; each is read when asked for and kept nowhere.
 
-    CheckpointError, naming the file: no weights, a file that the index names and is not there, a truncated or lying
-    file, one name in two files, files and index that disagree.
+    All of these files together: model.safetensors or its shards, pytorch_model.bin or its shards, `BESIDE`. Shards are
+    those of the index, where there is one. Names lose what PEFT puts around them. CheckpointError, naming the file: no
+    weights, a file that the index names and is not there, a truncated or lying file, one that holds more than tensors,
+    one name in two files, files and index that disagree.
     """
 
     def __init__(self, directory: str | Path):
@@ -89,72 +97,153 @@ class HfSource:
 
     @classmethod
     def of_file(cls, path: str | Path) -> "HfSource":
-        """The tensors of one safetensors file."""
+        """The tensors of one file."""
+        return cls._of(Path(path).parent, _scan({Path(path): None}))
+
+    @classmethod
+    def empty(cls) -> "HfSource":
+        """No tensors."""
+        return cls._of(Path(), {})
+
+    @classmethod
+    def _of(cls, directory: Path, stored: dict[str, _Stored]) -> "HfSource":
         source = cls.__new__(cls)
-        source.directory = Path(path).parent
-        source._stored = _scan({Path(path): None})
+        source.directory = directory
+        source._stored = stored
         return source
 
-    def with_tensors_of(self, other: "HfSource", names: Mapping[str, str]) -> "HfSource":
-        """This source and, under the keys of `names`, the tensors of `other` that its values name."""
-        joined = HfSource.__new__(HfSource)
-        joined.directory = self.directory
-        joined._stored = self._stored | {name: other._stored[theirs] for name, theirs in names.items()}
-        return joined
+    def renamed(self, names: Mapping[str, str]) -> "HfSource":
+        """The tensors that the values of `names` name, under its keys."""
+        return HfSource._of(self.directory, {name: self._stored[theirs] for name, theirs in names.items()})
+
+    def __add__(self, other: "HfSource") -> "HfSource":
+        """This source, and what it lacks from `other`."""
+        return HfSource._of(self.directory, other._stored | self._stored)
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
         """Shape and dtype of every tensor, by name."""
         return {name: stored.info for name, stored in self._stored.items()}
 
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._stored[name].path
+
     def read(self, name: str) -> Tensor:
         """One tensor, in its stored dtype. The file is mapped only as long as the tensor lives."""
         stored = self._stored[name]
+        if stored.path.suffix == ".bin":
+            return load_bin(stored.path)[stored.name]
         with _opened(stored.path) as file:
             return file.get_tensor(stored.name)
+
+
+def has_weights(directory: str | Path) -> bool:
+    """Whether a directory holds any file that looks like weights, be it whole or not."""
+    return any(path.suffix in (".safetensors", ".bin") for path in Path(directory).iterdir())
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     """Every file of weights with the names the index expects in it; None: there is no index."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory")
-    single, index = directory / WEIGHTS, directory / INDEX
-    if single.exists() and index.exists():
-        raise CheckpointError(f"{directory} holds both {WEIGHTS} and {INDEX}; remove the one that is out of date")
-    if single.exists():
-        return {single: None}
+    files = _shards_of(directory, WEIGHTS) | _shards_of(directory, BIN)
+    files |= {directory / name: None for name in BESIDE if (directory / name).exists()}
+    if not files:
+        raise CheckpointError(f"{directory} holds no weights: neither {WEIGHTS} nor {BIN}, their shards or {BESIDE[0]}")
+    return files
+
+
+def _shards_of(directory: Path, single: str) -> dict[Path, set[str] | None]:
+    """The file `single`, or the shards that its index names, or without an index those that are there."""
+    stem, suffix = os.path.splitext(single)
+    index = directory / f"{single}.index.json"
     if not index.exists():
-        raise CheckpointError(f"{directory} holds neither {WEIGHTS} nor {INDEX}: no weights to read")
+        shards = sorted(directory.glob(f"{stem}-*-of-*{suffix}"))
+        for path in shards:
+            if len(shards) != int((re.findall(r"-of-(\d+)$", path.stem) or ["0"])[0]):
+                raise CheckpointError(f"{directory} holds {len(shards)} shards like {path.name}; fetch it again")
+        return dict.fromkeys([*shards, *directory.glob(single)])
+    if (directory / single).exists():
+        raise CheckpointError(f"{directory} holds both {single} and {index.name}; remove the one that is out of date")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
-    files: dict[Path, set[str] | None] = {}
+    files: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or Path(file).suffix != suffix:
             raise CheckpointError(f"{index} puts {name} into {file!r}, which is not the name of a file beside it")
-        expected = files.setdefault(directory / file, set())
-        assert expected is not None
-        expected.add(name)
-    return files
+        files.setdefault(directory / file, set()).add(name)
+    return dict(files)
 
 
 def _scan(files: Mapping[Path, set[str] | None]) -> dict[str, _Stored]:
     stored: dict[str, _Stored] = {}
     for path, expected in sorted(files.items()):
-        with _opened(path) as file:
-            names = set(file.keys())
-            if expected is not None and (absent := sorted(expected - names)):
-                raise CheckpointError(f"{path} lacks {absent[0]}, which {INDEX} puts there ({len(absent)} such names)")
-            for name in sorted(names):
-                if name in stored:
-                    raise CheckpointError(f"{name} is both in {stored[name].path} and in {path}; remove one of them")
-                if expected is not None and name not in expected:
-                    raise CheckpointError(f"{path} holds {name}, which {INDEX} does not put there")
-                view = file.get_slice(name)
-                if view.get_dtype() not in DTYPES:
-                    raise CheckpointError(f"{path}: {name} has dtype {view.get_dtype()}, which torch cannot hold here")
-                stored[name] = _Stored(path, name, TensorInfo(tuple(view.get_shape()), DTYPES[view.get_dtype()]))
+        infos = _infos(path)
+        if expected is not None and (absent := sorted(expected - infos.keys())):
+            raise CheckpointError(f"{path} lacks {absent[0]}, which its index puts there ({len(absent)} such names)")
+        for theirs, name in _unwrapped(infos).items():
+            if name in stored:
+                raise CheckpointError(f"{name} is both in {stored[name].path} and in {path}; remove one of them")
+            if expected is not None and theirs not in expected:
+                raise CheckpointError(f"{path} holds {theirs}, which its index does not put there")
+            stored[name] = _Stored(path, theirs, infos[theirs])
     return stored
+
+
+def _unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names of a file -> without what PEFT puts around them, by the rule of LLaVA's own loader."""
+    plain = {name: name.removeprefix("base_model.").replace(".base_layer.", ".") for name in sorted(names)}
+    if any(name.startswith("model.model.") for name in plain.values()):
+        return {name: short.removeprefix("model.") for name, short in plain.items()}
+    return plain
+
+
+def _infos(path: Path) -> dict[str, TensorInfo]:
+    """Shape and dtype of every tensor of a file, by name."""
+    if path.suffix == ".bin":
+        return {name: TensorInfo.of(tensor) for name, tensor in load_bin(path).items()}
+    infos = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            view = file.get_slice(name)
+            if view.get_dtype() not in DTYPES:
+                raise CheckpointError(f"{path}: {name} has dtype {view.get_dtype()}, which torch cannot hold here")
+            infos[name] = TensorInfo(tuple(view.get_shape()), DTYPES[view.get_dtype()])
+    return infos
+
+
+def load_bin(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `torch.save` wrote, mapped and not yet read. Nothing is unpickled but tensors.
+
+    CheckpointError: anything else in it, above all code to run; a file that is not whole, or older than torch 1.6.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; fetch the checkpoint again") from error
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it holds more than tensors, and to load that could run any code. Get the weights "
+            "elsewhere, as safetensors"
+        ) from error
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError) as error:
+        # What a broken archive or pickle raises is not documented.
+        reason = str(error).partition(". ")[0]
+        raise CheckpointError(
+            f"{path} is no whole PyTorch file of torch 1.6 or newer ({reason}); fetch it again"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not tensors by name")
+    for name, tensor in loaded.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path} holds {name!r}, a {type(tensor).__name__}, where only tensors belong")
+        if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
+            raise CheckpointError(f"{path}: {name} is {tensor.layout} of {tensor.dtype}, which is not supported")
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name} {tuple(tensor.shape)} is larger than the data stored for it")
+    return {name: tensor.detach() for name, tensor in loaded.items()}
 
 
 @contextmanager

@@ -1,15 +1,18 @@
-"""The table: one row per tensor says what it is called on both sides, how it is packed and how it is cut.
+"""The table: one row per tensor says what it is called on both sides, its shape, how it is packed and how it is cut.
 
-Import, export, slicing and the completeness check all read these rows; no direction is written by hand. Canonical name
-= the key megatron-core writes to its distributed checkpoint, with global layer numbers. Names only: no model, no file.
+Import, export, slicing, drawing and the completeness check all read these rows; no direction is written by hand.
+Canonical name = the key megatron-core writes to its distributed checkpoint, with global layer numbers. Names and sizes
+only: no model, no file.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from megamm.errors import CheckpointError
@@ -36,6 +39,8 @@ class Row:
     """Canonical name."""
     hf: tuple[str, ...]
     """Hugging Face names, in the order that `pack` expects."""
+    shape: tuple[int, ...]
+    """Shape of our whole tensor, vocabulary padded; the shapes of the `hf` tensors follow from it."""
     pack: str = "same"
     """Key of pack.PACKINGS."""
     tp: str | None = None
@@ -58,6 +63,7 @@ class Entry:
 
     name: str
     hf: tuple[str, ...]
+    shape: tuple[int, ...]
     packing: str
     tp: str | None
     dims: Dims
@@ -66,6 +72,16 @@ class Entry:
     def partition_dim(self) -> int | None:
         """Dimension that tensor parallelism cuts; None: replicated."""
         return PARTITION_DIM[self.tp]
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the global tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def hf_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes that the tensors of `hf` must have, in order: unpacking says it."""
+        return [tuple(tensor.shape) for tensor in self.unpack(torch.empty(self.shape, device="meta"))]
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """The global tensor, vocabulary padded, from the tensors of `hf` in order. CheckpointError: they do not fit."""
@@ -116,6 +132,7 @@ class KeyMap:
 
     def __init__(self, rows: Iterable[Row | Keep], dims: Dims | None = None):
         part = dims or Dims()
+        self._aliases: dict[str, str] = {}
         self._rows: tuple[tuple[Row | Keep, Dims], ...] = tuple(
             (row if isinstance(row, Row) or row.name else replace(row, name=row.hf), part) for row in rows
         )
@@ -134,17 +151,29 @@ class KeyMap:
 
     def renamed(self, *, ours: str = "", hf: Mapping[str, str] | None = None) -> "KeyMap":
         """`ours` put before canonical names; in Hugging Face names the longest prefix that is in `hf` replaced."""
-        prefixes = sorted((hf or {}).items(), key=lambda item: -len(item[0]))
 
-        def rename(key: str) -> str:
-            return next((new + key.removeprefix(old) for old, new in prefixes if key.startswith(old)), key)
-
-        def rename_row(row: Row | Keep) -> Row | Keep:
+        def rename(row: Row | Keep) -> Row | Keep:
             if isinstance(row, Keep):
-                return Keep(rename(row.hf), ours + row.name)
-            return replace(row, name=ours + row.name, hf=tuple(map(rename, row.hf)))
+                return Keep(_prefixed(row.hf, hf or {}), ours + row.name)
+            return replace(row, name=ours + row.name, hf=tuple(_prefixed(key, hf or {}) for key in row.hf))
 
-        return KeyMap._of((rename_row(row), dims) for row, dims in self._rows)
+        return KeyMap._of((rename(row), dims) for row, dims in self._rows)
+
+    def accepting(self, aliases: Mapping[str, str]) -> "KeyMap":
+        """This table for releases, too, whose names begin with a key of `aliases` where its own begin with the value;
+        the longest one that fits counts. The last step: `+` and `renamed` forget it."""
+        table = KeyMap._of(self._rows)
+        table._aliases = dict(aliases)
+        return table
+
+    def spelt(self, names: Iterable[str]) -> dict[str, str]:
+        """As this table spells them -> names of a release as found. Of two that would become one, the second stays as
+        it is, so that it is found to be one too many."""
+        found: dict[str, str] = {}
+        for name in sorted(names, key=lambda name: (_prefixed(name, self._aliases) != name, name)):
+            ours = _prefixed(name, self._aliases)
+            found[name if ours in found else ours] = name
+        return found
 
     def entries(self) -> list[Entry]:
         """Every tensor of ours, `{i}` expanded over the layers, in the order of the rows, layer by layer."""
@@ -207,6 +236,8 @@ def _check(row: Row | Keep, dims: Dims) -> None:
         raise ValueError(f"{row.name}: pack {row.pack!r} takes {PACKINGS[row.pack].num_hf} tensors, not {len(row.hf)}")
     if len({"{i}" in name for name in (row.name, *row.hf)}) > 1:
         raise ValueError(f"{row.name}: {{i}} must be on both sides or on neither")
+    if row.tp == "vocab" and row.shape[:1] != (dims.vocab_padded,):
+        raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab_padded rows, not shape {row.shape}")
     if row.tp == "vocab" and not 0 < dims.vocab <= dims.vocab_padded:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab and a dims.vocab_padded that holds it")
     if row.pack == "qkv" and (dims.groups < 1 or dims.heads % dims.groups):
@@ -215,47 +246,64 @@ def _check(row: Row | Keep, dims: Dims) -> None:
 
 def _expand(row: Row, dims: Dims) -> Iterator[Entry]:
     if "{i}" not in row.name:
-        yield Entry(row.name, row.hf, row.pack, row.tp, dims)
+        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims)
         return
     for layer in range(dims.layers):
         name, *hf = (name.replace("{i}", str(layer)) for name in (row.name, *row.hf))
-        yield Entry(name, tuple(hf), row.pack, row.tp, dims)
+        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims)
 
 
-def fill(names: Iterable[str], tower_names: Iterable[str], table: KeyMap) -> dict[str, str]:
-    """What a separately published tower adds: names that `table` takes and `names` lacks -> the tower's own names.
+def _prefixed(name: str, prefixes: Mapping[str, str]) -> str:
+    """`name` with the longest prefix that is in `prefixes` replaced."""
+    old = max((old for old in prefixes if name.startswith(old)), key=len, default=None)
+    return name if old is None else prefixes[old] + name.removeprefix(old)
 
-    A release puts a prefix before the tower's own names. It is found, not configured: the one under which the tower
+
+def fill(names: Iterable[str], others: Iterable[str], table: KeyMap) -> dict[str, str]:
+    """What a plain tower or llm adds to a release: names that `table` takes and `names` lacks -> its own names.
+
+    A release puts a prefix before the names of its parts. It is found, not configured: the one under which the part
     fills most of what is missing.
     """
-    present, tower = set(names), set(tower_names)
+    present, part = set(names), set(others)
     prefixes: Counter[str] = Counter()
     for key in sorted(table.hf_names - present):
         words = key.split(".")
         ends = (".".join(words[start:]) for start in range(len(words)))
-        prefixes.update(key.removesuffix(end) for end in ends if end in tower)
+        prefixes.update(key.removesuffix(end) for end in ends if end in part)
     if not prefixes:
         return {}
     prefix = prefixes.most_common(1)[0][0]
-    candidates = {prefix + name: name for name in sorted(tower) if prefix + name not in present}
+    candidates = {prefix + name: name for name in sorted(part) if prefix + name not in present}
     kept = table.kept(candidates)
     return {name: theirs for name, theirs in candidates.items() if name in table.hf_names or name in kept}
 
 
-def match(names: Iterable[str], tables: Mapping[str, KeyMap], tower_names: Iterable[str] = ()) -> str:
-    """The one dialect of `tables` in which these Hugging Face names, filled from a tower's, are written.
+def match(
+    names: Iterable[str],
+    tables: Mapping[str, KeyMap],
+    parts: Sequence[Iterable[str]] = (),
+    new: tuple[str, ...] = (),
+) -> str:
+    """The one dialect of `tables` in which these Hugging Face names are written.
 
-    A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. CheckpointError: none
-    or several match; the message lists what is left over and what is missing in the nearest dialect.
+    A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. The names of `parts`,
+    each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` may be lacking, but
+    only all of them together. CheckpointError: none or several match; the message lists what is left over and what is
+    missing in the nearest dialect.
     """
-    found, tower = set(names), set(tower_names)
+    release = set(names)
     faults: dict[str, tuple[list[str], list[str]]] = {}
     for dialect, table in tables.items():
-        filled = found | fill(found, tower, table).keys()
-        unknown = filled - table.hf_names
-        faults[dialect] = (sorted(unknown - table.kept(unknown).keys()), sorted(table.hf_names - filled))
+        found = set(table.spelt(release))
+        for part in parts:
+            found |= fill(found, part, table).keys()
+        optional = {key for entry in table.entries() if entry.name.startswith(new) for key in entry.hf}
+        needed = table.hf_names if optional & found else table.hf_names - optional
+        unknown = found - table.hf_names
+        faults[dialect] = (sorted(unknown - table.kept(unknown).keys()), sorted(needed - found))
     matching = [dialect for dialect, (left_over, missing) in faults.items() if not left_over and not missing]
-    if len(matching) == 1 or (matching and tower):  # a release without its tower does not say how it would spell it
+    if len(matching) == 1 or (matching and parts):  # a release without its parts does not say how it would spell them
         return matching[0]
     if matching:
         raise CheckpointError(f"the tensor names fit more than one dialect of the family: {', '.join(matching)}")

@@ -9,11 +9,11 @@ from megamm.errors import CheckpointError
 from megamm.weights.keymap import Dims, Keep, KeyMap, Row, fill, match
 
 ROWS = (
-    Row("embed.weight", ("model.embed.weight",), tp="vocab"),
-    Row("layers.{i}.qkv.weight", tuple(f"model.layers.{{i}}.{x}.weight" for x in "qkv"), pack="qkv", tp="col"),
-    Row("layers.{i}.fc1.weight", ("model.layers.{i}.gate", "model.layers.{i}.up"), pack="cat2", tp="col2"),
-    Row("layers.{i}.fc2.weight", ("model.layers.{i}.down",), tp="row"),
-    Row("norm.weight", ("model.norm",)),
+    Row("embed.weight", ("model.embed.weight",), (8, 3), tp="vocab"),
+    Row("layers.{i}.qkv.weight", tuple(f"model.layers.{{i}}.{x}.weight" for x in "qkv"), (16, 3), pack="qkv", tp="col"),
+    Row("layers.{i}.fc1.weight", ("model.layers.{i}.gate", "model.layers.{i}.up"), (8, 3), pack="cat2", tp="col2"),
+    Row("layers.{i}.fc2.weight", ("model.layers.{i}.down",), (3, 4), tp="row"),
+    Row("norm.weight", ("model.norm",), (3,)),
     Keep("model.layers.{i}.inv_freq"),
     Keep("model.layers.{i}.down"),
 )
@@ -36,7 +36,7 @@ def test_partition_dimensions_are_those_of_the_tp_column():
 
 
 def test_renamed_takes_the_longest_prefix_and_each_part_keeps_its_sizes():
-    tower = KeyMap([Row("layers.{i}.x", ("layers.{i}.x",))], Dims(layers=3))
+    tower = KeyMap([Row("layers.{i}.x", ("layers.{i}.x",), (1,))], Dims(layers=3))
     vlm = TABLE.renamed(ours="llm.", hf={"model.": "lm.", "model.norm": "head.norm"}) + tower.renamed(
         ours="vision.", hf={"": "tower."}
     )
@@ -59,12 +59,13 @@ def test_keep_takes_any_layer_but_never_a_name_of_a_row():
 @pytest.mark.parametrize(
     "row, dims",
     [
-        (Row("a", ("b",), pack="fold"), DIMS),
-        (Row("a", ("b",), tp="diagonal"), DIMS),
-        (Row("a", ("b",), pack="qkv"), DIMS),
-        (Row("a.{i}", ("b",)), DIMS),
-        (Row("a", ("b",), tp="vocab"), Dims()),
-        (Row("a", ("q", "k", "v"), pack="qkv"), Dims(heads=4, groups=3)),
+        (Row("a", ("b",), (8,), pack="fold"), DIMS),
+        (Row("a", ("b",), (8,), tp="diagonal"), DIMS),
+        (Row("a", ("b",), (8,), pack="qkv"), DIMS),
+        (Row("a.{i}", ("b",), (8,)), DIMS),
+        (Row("a", ("b",), (0,), tp="vocab"), Dims()),
+        (Row("a", ("b",), (5,), tp="vocab"), DIMS),
+        (Row("a", ("q", "k", "v"), (8,), pack="qkv"), Dims(heads=4, groups=3)),
         (Keep("a.{i}", "b"), DIMS),
     ],
 )
@@ -73,48 +74,81 @@ def test_a_row_that_cannot_be_right_is_refused(row, dims):
         KeyMap([row], dims)
 
 
-@pytest.mark.parametrize("second", [Row("a", ("y",)), Row("b", ("x",))])
+@pytest.mark.parametrize("second", [Row("a", ("y",), (1,)), Row("b", ("x",), (1,))])
 def test_a_name_in_two_rows_is_refused(second):
     with pytest.raises(ValueError, match="more than one row"):
-        KeyMap([Row("a", ("x",)), second]).entries()
+        KeyMap([Row("a", ("x",), (1,)), second]).entries()
+
+
+KINDS = [("same", None), ("same", "col"), ("same", "row"), ("same", "vocab"), ("cat2", None), ("cat2", "col2"),
+         ("qkv", None), ("qkv", "col")]  # fmt: skip
+
+
+@st.composite
+def tables(draw):
+    """A table of one to six rows of any packing and cut, per layer or not, weights and biases, whose cut dimensions
+    divide by 4, under random prefixes; and the prefix of a release that spells its names in another way."""
+    groups = draw(st.integers(1, 3))
+    vocab = draw(st.integers(1, 20))
+    padded = -(-(vocab + draw(st.integers(0, 7))) // 4) * 4
+    dims = Dims(layers=draw(st.integers(0, 3)), heads=groups * draw(st.integers(1, 3)), groups=groups, vocab=vocab,
+                vocab_padded=padded)  # fmt: skip
+    rows = []
+    for number, (pack, tp) in enumerate(draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=6))):
+        num_rows = {"same": 4, "cat2": 8, "qkv": 4 * (dims.heads + 2 * groups)}[pack] * draw(st.integers(1, 3))
+        shape = (padded if tp == "vocab" else num_rows, 4 * draw(st.integers(1, 3)))
+        shape = shape if tp == "row" else shape[: draw(st.integers(1, 2))]
+        layer = draw(st.sampled_from(["", "layers.{i}."]))
+        hf = tuple(f"hf.{layer}{number}.{x}" for x in range({"same": 1, "cat2": 2, "qkv": 3}[pack]))
+        rows.append(Row(f"{layer}{number}", hf, shape, pack=pack, tp=tp))
+    prefix, alias = draw(st.permutations(["", "model.", "model.language_model.", "lm."]))[:2]
+    table = KeyMap(rows, dims).renamed(ours="llm.", hf={"hf.": f"{prefix}hf."})
+    return table.accepting({f"{alias}hf.": f"{prefix}hf."}), f"{prefix}hf.", f"{alias}hf."
 
 
 @given(
-    groups=st.integers(1, 3),
-    queries_per_group=st.integers(1, 3),
-    head_width=st.integers(1, 4),
-    width=st.integers(1, 5),
-    vocab=st.integers(1, 9),
-    padding=st.integers(0, 7),
+    tables=tables(),
     tp=st.sampled_from([1, 2, 4]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    is_alias=st.booleans(),
 )
-def test_import_slice_join_export_is_the_identity(
-    groups, queries_per_group, head_width, width, vocab, padding, tp, dtype
-):
-    heads, head_width, width = groups * queries_per_group, 4 * head_width, 4 * width
-    padded = -(-(vocab + padding) // 4) * 4
-    table = KeyMap(ROWS, Dims(layers=1, heads=heads, groups=groups, vocab=vocab, vocab_padded=padded))
-    shapes = {
-        "model.embed.weight": (vocab, width),
-        "model.layers.0.q.weight": (heads * head_width, width),
-        "model.layers.0.k.weight": (groups * head_width, width),
-        "model.layers.0.v.weight": (groups * head_width, width),
-        "model.layers.0.gate": (2 * width, width),
-        "model.layers.0.up": (2 * width, width),
-        "model.layers.0.down": (width, 2 * width),
-        "model.norm": (width,),
-    }
-    tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+def test_import_slice_join_export_is_the_identity(tables, tp, dtype, is_alias):
+    table, prefix, alias = tables
+    shapes = {key: shape for entry in table.entries() for key, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
+    tensors = {key: torch.randn(shape).to(dtype) for key, shape in shapes.items()}
+    release = {alias + key.removeprefix(prefix) if is_alias else key: tensor for key, tensor in tensors.items()}
+    if release:
+        assert match(release, {"only": table}) == "only"
+    found = {key: release[theirs] for key, theirs in table.spelt(release).items()}
     back = {}
     for entry in table.entries():
-        packed = entry.pack([tensors[name] for name in entry.hf])
+        packed = entry.pack([found[name] for name in entry.hf])
+        assert packed.shape == entry.shape
         slices = [entry.slice(packed, rank, tp).clone() for rank in range(tp)]
         assert all(part.shape == slices[0].shape for part in slices)
         assert torch.equal(entry.join(slices), packed)
         back |= entry.to_hf(slices)
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) and back[name].dtype == dtype for name in tensors)
+
+
+def test_of_two_spellings_of_one_name_the_second_is_left_over():
+    table = TABLE.accepting({"lm.": "model."})
+    with pytest.raises(CheckpointError, match="not in its table: lm.norm\n"):
+        match(TABLE.hf_names | {"lm.norm"}, {"only": table})
+
+
+def test_what_is_new_may_be_missing_but_only_whole():
+    new = ("norm", "embed")
+    assert match(TABLE.hf_names - {"model.norm", "model.embed.weight"}, {"only": TABLE}, (), new) == "only"
+    with pytest.raises(CheckpointError, match="missing: model.norm\n"):
+        match(TABLE.hf_names - {"model.norm"}, {"only": TABLE}, (), new)
+
+
+def test_the_shapes_of_a_release_follow_from_ours():
+    assert TABLE["embed.weight"].hf_shapes == [(5, 3)]
+    assert TABLE["layers.0.qkv.weight"].hf_shapes == [(8, 3), (4, 3), (4, 3)]
+    assert TABLE["layers.0.fc1.weight"].hf_shapes == [(4, 3), (4, 3)]
 
 
 def test_tensors_of_two_dtypes_are_not_packed_together():
@@ -173,7 +207,10 @@ def test_match_refuses_two_dialects():
 
 
 def test_a_tower_fills_only_what_is_missing_and_finds_its_prefix():
-    vision = [Row("x.{i}", ("encoder.layers.{i}.x",)), Row("y", ("y",)), Keep("encoder.layers.{i}.x"), Keep("post")]
+    vision = [
+        Row("x.{i}", ("encoder.layers.{i}.x",), (1,)), Row("y", ("y",), (1,)), Keep("encoder.layers.{i}.x"),
+        Keep("post"),
+    ]  # fmt: skip
     table = TABLE + KeyMap(vision, Dims(layers=2)).renamed(ours="vision.", hf={"": "tower.vision_model."})
     tower = [f"vision_model.{name}" for name in ("encoder.layers.0.x", "encoder.layers.1.x", "encoder.layers.2.x",
                                                  "y", "post")] + ["text_model.y", "logit_scale"]  # fmt: skip
@@ -183,6 +220,6 @@ def test_a_tower_fills_only_what_is_missing_and_finds_its_prefix():
         f"tower.vision_model.{name}": f"vision_model.{name}"
         for name in ("encoder.layers.0.x", "encoder.layers.1.x", "encoder.layers.2.x", "post")
     }
-    assert match(names, {"only": table}, tower) == "only"
+    assert match(names, {"only": table}, [tower]) == "only"
     with pytest.raises(CheckpointError, match="--tower"):
         match(names, {"only": table})

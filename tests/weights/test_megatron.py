@@ -25,8 +25,9 @@ OPTIONS = LlmOptions(
 )  # fmt: skip
 FAMILY = Family(
     name="plain_llama",
-    read=lambda config: OPTIONS,
-    write=lambda options: {},
+    read=lambda config, tower_config: OPTIONS,
+    write=lambda options, dialect: ({}, None),
+    compose=lambda llm_config, tower_config: {},
     keys={"hf": lambda options: llama.keys(options).renamed(ours="llm.")},
     export_dialect="hf",
     template="plain",

@@ -16,20 +16,22 @@ LAYERS = 3
 
 def table(config: dict) -> KeyMap:
     """Rows of every packing and cut; one more layer is stored than computed with."""
+    width, padded = config["width"], -(-config["vocab"] // 32) * 32
+    qkv = tuple(f"layers.{{i}}.{x}" for x in "qkv")
     rows = [
-        Row("llm.embed.weight", ("embed.weight",), tp="vocab"),
-        Row("llm.layers.{i}.qkv.weight", ("layers.{i}.q", "layers.{i}.k", "layers.{i}.v"), pack="qkv", tp="col"),
-        Row("llm.layers.{i}.fc1.weight", ("layers.{i}.gate", "layers.{i}.up"), pack="cat2", tp="col2"),
-        Row("llm.layers.{i}.fc2.weight", ("layers.{i}.down",), tp="row"),
-        Row("llm.norm.weight", ("norm",)),
+        Row("llm.embed.weight", ("embed.weight",), (padded, width), tp="vocab"),
+        Row("llm.layers.{i}.qkv.weight", qkv, (2 * width, width), pack="qkv", tp="col"),
+        Row("llm.layers.{i}.fc1.weight", ("layers.{i}.gate", "layers.{i}.up"), (4 * width, width), "cat2", "col2"),
+        Row("llm.layers.{i}.fc2.weight", ("layers.{i}.down",), (width, 2 * width), tp="row"),
+        Row("llm.norm.weight", ("norm",), (width,)),
         Keep("layers.{i}.down"),
         Keep("layers.{i}.inv_freq"),
     ]
-    dims = Dims(layers=LAYERS, heads=4, groups=2, vocab=config["vocab"], vocab_padded=-(-config["vocab"] // 32) * 32)
+    dims = Dims(layers=LAYERS, heads=4, groups=2, vocab=config["vocab"], vocab_padded=padded)
     return KeyMap(rows, dims)
 
 
-def read(config: dict) -> dict:
+def read(config: dict, tower_config: dict | None = None) -> dict:
     """The options of this family are its configuration."""
     if config.get("model_type") not in ("tiny", "nested"):
         raise CheckpointError(f"config.json: model_type {config.get('model_type')!r} is not tiny")
@@ -39,7 +41,8 @@ def read(config: dict) -> dict:
 FAMILY = Family(
     name="tiny",
     read=read,
-    write=lambda options: {**options, "model_type": "nested"},
+    write=lambda options, dialect: ({**options, "model_type": "nested" if dialect == "nested" else "tiny"}, None),
+    compose=lambda llm_config, tower_config: llm_config,
     keys={
         "plain": table,
         "nested": lambda config: table(config).renamed(hf={"": "model."}),

@@ -1,27 +1,62 @@
-"""Import a Hugging Face checkpoint: writes a megamm checkpoint (megatron torch_dist) that loads at every layout."""
+"""Import a Hugging Face checkpoint, or join a plain llm and a plain vision tower: writes a megamm checkpoint (megatron
+torch_dist) that loads at every layout."""
 
 import sys
 from pathlib import Path
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from megamm import registry
-from megamm.errors import MegammError
-from megamm.weights.convert import import_hf
+from megamm.errors import ConfigError, MegammError
+from megamm.weights.convert import HfCheckpoint, import_hf, open_start, write_checkpoint
 
 
-def hf_to_megatron(hf: Path, output: Path, family: str | None = None, tower: Path | None = None) -> None:
-    """Import a Hugging Face checkpoint into a megamm checkpoint, one tensor in memory, dtypes as they are.
+def hf_to_megatron(
+    output: Path,
+    hf: Path | None = None,
+    family: str | None = None,
+    tower: Path | None = None,
+    llm: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Write a megamm checkpoint, one tensor in memory, dtypes as they are.
+
+    Either of a whole model: --hf, and --tower where its vision tower is published apart. Or the start of a pretrain:
+    --llm, --tower and --family; what is in neither, the projector, is drawn, or taken from --hf.
 
     Args:
-        hf: Directory of the checkpoint: config.json and safetensors, single or sharded.
         output: Directory to write; must not exist yet, or be empty.
+        hf: Directory of a checkpoint: config.json and safetensors or .bin files, single or sharded. With --llm: one
+            that holds only a projector, such as mm_projector.bin.
         family: Family of the model. By default the only one whose configuration and key names fit.
         tower: Directory of a separately published vision tower; fills only the tensors that `hf` lacks.
+        llm: Directory of a plain decoder; its tokenizer becomes the model's.
+        seed: What is drawn depends on this and on the tensors' names alone.
     """
-    families = [registry.family(family)] if family else list(registry.FAMILIES.values())
-    info = import_hf(hf, tower, families, output)
-    print(f"{output}: imported from {hf} as family {info.family}, dialect {info.dialect}")
+    if llm is None:
+        if hf is None:
+            raise ConfigError(["give --hf for a whole model, or --llm, --tower and --family for the start of one"])
+        families = [registry.family(family)] if family else list(registry.FAMILIES.values())
+        info = import_hf(hf, tower, families, output)
+        print(f"{output}: imported from {hf} as family {info.family}, dialect {info.dialect}")
+        return
+    if tower is None or family is None:
+        raise ConfigError(["--llm needs --tower and --family: a start is made of an llm and a vision tower"])
+    start = open_start(llm, tower, registry.family(family), seed, hf)
+    write_checkpoint(start, output, llm, tower)
+    Console().print(origins(start))
+    print(f"{output}: a start of family {family}, seed {seed}")
+
+
+def origins(start: HfCheckpoint) -> Table:
+    """Where the tensors came from, by part."""
+    table = Table("part", "tensors", "parameters", "how", "from")
+    for (part, how, directory), names in start.origins().items():
+        parameters = sum(start.table[name].num_elements for name in names)
+        table.add_row(part, str(len(names)), f"{parameters:,}", how, directory)
+    return table
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def show(checkpoint: Annotated[Path, tyro.conf.Positional]) -> None:
     directory = find_checkpoint(checkpoint)
     info = read_info(directory)
     family = registry.family(info.family)
-    names = {entry.name for entry in family.keys[info.dialect](family.read(info.hf_config)).entries()}
+    options = family.read(info.hf_config, info.tower_config)
+    names = {entry.name for entry in family.keys[info.dialect](options).entries()}
     stored = StoredTensors(directory).infos
     model = {name: tensor for name, tensor in stored.items() if name in names}
     beside = {name: tensor for name, tensor in stored.items() if name not in names}

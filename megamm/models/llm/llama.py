@@ -7,6 +7,7 @@ from megamm.models.family import overlay
 from megamm.models.options import LlmOptions
 from megamm.weights.keymap import Dims, Keep, KeyMap, Row
 
+MODEL_TYPE = "llama"
 DEFAULTS: dict[str, Any] = {
     # What transformers' LlamaConfig assumes for a field that config.json leaves out.
     "vocab_size": 32000,
@@ -23,37 +24,40 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-_LAYER = "model.layers.{i}."
-_ATTENTION = _LAYER + "self_attn."
-ROWS: tuple[Row | Keep, ...] = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), tp="vocab"),
-    Row("decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight", (_LAYER + "input_layernorm.weight",)),
-    Row(
-        "decoder.layers.{i}.self_attention.linear_qkv.weight",
-        (_ATTENTION + "q_proj.weight", _ATTENTION + "k_proj.weight", _ATTENTION + "v_proj.weight"),
-        pack="qkv",
-        tp="col",
-    ),
-    Row("decoder.layers.{i}.self_attention.linear_proj.weight", (_ATTENTION + "o_proj.weight",), tp="row"),
-    Row("decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight", (_LAYER + "post_attention_layernorm.weight",)),
-    Row(
-        "decoder.layers.{i}.mlp.linear_fc1.weight",
-        (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
-        pack="cat2",
-        tp="col2",
-    ),
-    Row("decoder.layers.{i}.mlp.linear_fc2.weight", (_LAYER + "mlp.down_proj.weight",), tp="row"),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Keep(_ATTENTION + "rotary_emb.inv_freq"),
-)
-HEAD = Row("output_layer.weight", ("lm_head.weight",), tp="vocab")
-"""Absent where the head is tied to the embedding."""
-
 
 def keys(options: LlmOptions) -> KeyMap:
     """The table of a LlamaForCausalLM checkpoint."""
+    vocab, h, f = options.padded_vocab_size, options.hidden_size, options.ffn_size
+    q, kv = options.num_heads * options.head_dim, options.num_groups * options.head_dim
+    layer, ours = "model.layers.{i}.", "decoder.layers.{i}."
+    attention = layer + "self_attn."
+    rows: tuple[Row | Keep, ...] = (
+        Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (vocab, h), tp="vocab"),
+        Row(ours + "self_attention.linear_qkv.layer_norm_weight", (layer + "input_layernorm.weight",), (h,)),
+        Row(
+            ours + "self_attention.linear_qkv.weight",
+            tuple(f"{attention}{x}_proj.weight" for x in "qkv"),
+            (q + 2 * kv, h),
+            pack="qkv",
+            tp="col",
+        ),
+        Row(ours + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), (h, q), tp="row"),
+        Row(ours + "mlp.linear_fc1.layer_norm_weight", (layer + "post_attention_layernorm.weight",), (h,)),
+        Row(
+            ours + "mlp.linear_fc1.weight",
+            (layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight"),
+            (2 * f, h),
+            pack="cat2",
+            tp="col2",
+        ),
+        Row(ours + "mlp.linear_fc2.weight", (layer + "mlp.down_proj.weight",), (h, f), tp="row"),
+        Row("decoder.final_layernorm.weight", ("model.norm.weight",), (h,)),
+        Keep(attention + "rotary_emb.inv_freq"),
+    )
+    if not options.has_tied_embeddings:
+        rows += (Row("output_layer.weight", ("lm_head.weight",), (vocab, h), tp="vocab"),)
     return KeyMap(
-        ROWS if options.has_tied_embeddings else (*ROWS, HEAD),
+        rows,
         Dims(
             layers=options.num_layers,
             heads=options.num_heads,
@@ -96,7 +100,7 @@ def to_hf(options: LlmOptions, source: dict[str, Any]) -> dict[str, Any]:
     """Options -> config.json, written over the one they came from."""
     heads = options.num_heads
     known = {
-        "model_type": "llama",
+        "model_type": MODEL_TYPE,
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,
         "intermediate_size": options.ffn_size,

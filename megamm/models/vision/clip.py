@@ -7,6 +7,7 @@ from megamm.models.family import overlay
 from megamm.models.options import ImageOptions, VisionOptions
 from megamm.weights.keymap import Dims, Keep, KeyMap, Row
 
+MODEL_TYPE = "clip_vision_model"
 DEFAULTS: dict[str, Any] = {
     # What transformers' CLIPVisionConfig assumes for a field that config.json leaves out.
     "hidden_size": 768,
@@ -26,53 +27,53 @@ IMAGE = ImageOptions(
     resize="shortest_edge_crop",
 )
 
-_LAYER = "encoder.layers.{i}."
-_OURS = "transformer.layers.{i}."
 
-
-def block_rows() -> tuple[Row, ...]:
+def block_rows(options: VisionOptions) -> tuple[Row, ...]:
     """The rows of one pre-norm block as CLIP and SigLIP spell it."""
-    attention = _LAYER + "self_attn."
+    h, f = options.hidden_size, options.ffn_size
+    layer, ours = "encoder.layers.{i}.", "transformer.layers.{i}."
+    attention = layer + "self_attn."
     rows = []
-    for x in ("weight", "bias"):
+    for x, ndim in (("weight", 2), ("bias", 1)):
+        row_cut = "row" if x == "weight" else None
         rows += [
-            Row(f"{_OURS}self_attention.linear_qkv.layer_norm_{x}", (f"{_LAYER}layer_norm1.{x}",)),
+            Row(f"{ours}self_attention.linear_qkv.layer_norm_{x}", (f"{layer}layer_norm1.{x}",), (h,)),
             Row(
-                f"{_OURS}self_attention.linear_qkv.{x}",
-                (f"{attention}q_proj.{x}", f"{attention}k_proj.{x}", f"{attention}v_proj.{x}"),
+                f"{ours}self_attention.linear_qkv.{x}",
+                tuple(f"{attention}{y}_proj.{x}" for y in "qkv"),
+                (3 * h, h)[:ndim],
                 pack="qkv",
                 tp="col",
             ),
-            Row(
-                f"{_OURS}self_attention.linear_proj.{x}",
-                (f"{attention}out_proj.{x}",),
-                tp="row" if x == "weight" else None,
-            ),
-            Row(f"{_OURS}mlp.linear_fc1.layer_norm_{x}", (f"{_LAYER}layer_norm2.{x}",)),
-            Row(f"{_OURS}mlp.linear_fc1.{x}", (f"{_LAYER}mlp.fc1.{x}",), tp="col"),
-            Row(f"{_OURS}mlp.linear_fc2.{x}", (f"{_LAYER}mlp.fc2.{x}",), tp="row" if x == "weight" else None),
+            Row(f"{ours}self_attention.linear_proj.{x}", (f"{attention}out_proj.{x}",), (h, h)[:ndim], tp=row_cut),
+            Row(f"{ours}mlp.linear_fc1.layer_norm_{x}", (f"{layer}layer_norm2.{x}",), (h,)),
+            Row(f"{ours}mlp.linear_fc1.{x}", (f"{layer}mlp.fc1.{x}",), (f, h)[:ndim], tp="col"),
+            Row(f"{ours}mlp.linear_fc2.{x}", (f"{layer}mlp.fc2.{x}",), (h, f)[:ndim], tp=row_cut),
         ]
     return tuple(rows)
 
 
-ROWS: tuple[Row | Keep, ...] = (
-    Row("class_token", ("embeddings.class_embedding",)),
-    Row("patch_embedding.weight", ("embeddings.patch_embedding.weight",)),
-    Row("position_embedding", ("embeddings.position_embedding.weight",)),
-    Row("pre_norm.weight", ("pre_layrnorm.weight",)),
-    Row("pre_norm.bias", ("pre_layrnorm.bias",)),
-    *block_rows(),
-    # The blocks above the one whose output is used, and the norm behind them.
-    *(Keep(key) for row in block_rows() for key in row.hf),
-    Keep("post_layernorm.weight"),
-    Keep("post_layernorm.bias"),
-    Keep("embeddings.position_ids"),
-)
-
-
 def keys(options: VisionOptions) -> KeyMap:
     """The table of a CLIPVisionModel checkpoint, without the leading `vision_model.`."""
-    return KeyMap(ROWS, Dims(layers=options.num_layers, heads=options.num_heads, groups=options.num_heads))
+    h, blocks = options.hidden_size, block_rows(options)
+    rows: tuple[Row | Keep, ...] = (
+        Row("class_token", ("embeddings.class_embedding",), (h,)),
+        Row(
+            "patch_embedding.weight",
+            ("embeddings.patch_embedding.weight",),
+            (h, 3, options.patch_size, options.patch_size),
+        ),
+        Row("position_embedding", ("embeddings.position_embedding.weight",), (options.num_positions, h)),
+        Row("pre_norm.weight", ("pre_layrnorm.weight",), (h,)),
+        Row("pre_norm.bias", ("pre_layrnorm.bias",), (h,)),
+        *blocks,
+        # The blocks above the one whose output is used, and the norm behind them.
+        *(Keep(key) for row in blocks for key in row.hf),
+        Keep("post_layernorm.weight"),
+        Keep("post_layernorm.bias"),
+        Keep("embeddings.position_ids"),
+    )
+    return KeyMap(rows, Dims(layers=options.num_layers, heads=options.num_heads, groups=options.num_heads))
 
 
 def from_hf(config: dict[str, Any], feature_layer: int, keep_class_token: bool) -> VisionOptions:
@@ -106,7 +107,7 @@ def from_hf(config: dict[str, Any], feature_layer: int, keep_class_token: bool) 
 def to_hf(options: VisionOptions, source: dict[str, Any]) -> dict[str, Any]:
     """Options -> vision_config, written over the one they came from."""
     known = {
-        "model_type": "clip_vision_model",
+        "model_type": MODEL_TYPE,
         "hidden_size": options.hidden_size,
         "intermediate_size": options.ffn_size,
         "num_hidden_layers": options.stored_layers,

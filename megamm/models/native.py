@@ -1,0 +1,157 @@
+"""The spelling of transformers' LlavaForConditionalGeneration: config.json and key names, for a decoder and a tower.
+
+Shared by every family that this class can hold. Tables and options only. Source: transformers 4.36 to 5.23.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+from megamm.errors import CheckpointError
+from megamm.models.family import overlay
+from megamm.models.options import ProjectorOptions, VisionOptions, VlmOptions
+from megamm.models.parts import LlmPart, VisionPart, llm_config, vision_config
+from megamm.models.projector import mlp
+from megamm.weights.keymap import KeyMap
+
+DEFAULTS: dict[str, Any] = {
+    # What transformers' LlavaConfig assumes for a field that config.json leaves out.
+    "image_token_index": 32000,
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+}
+CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+"""What goes along from one spelling to the other beside the options."""
+
+_ALIASES = {
+    # In memory since 4.52, the head beside the model; 5.x leaves out CLIP's `vision_model` level.
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.vision_tower.vision_model.": "vision_tower.vision_model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "vision_tower.vision_model.": "vision_tower.vision_model.",
+    "vision_tower.": "vision_tower.vision_model.",
+}
+
+
+def is_native(config: dict[str, Any]) -> bool:
+    """Whether a config.json is written in this spelling."""
+    return {"text_config", "vision_config"} <= config.keys()
+
+
+def read(
+    config: dict[str, Any], tower_config: dict[str, Any] | None, *, family: str, llm: LlmPart, vision: VisionPart
+) -> VlmOptions:
+    """config.json -> options. A tower's own config.json must not contradict the vision_config."""
+    if config.get("model_type") != "llava" or not is_native(config):
+        raise CheckpointError("config.json is not a llava of transformers: model_type, text_config or vision_config")
+    get = {**DEFAULTS, **config}.__getitem__
+    for field in ("projector_hidden_act", "multimodal_projector_bias"):
+        if get(field) != DEFAULTS[field]:
+            raise CheckpointError(f"config.json: {field} {get(field)!r} is not supported, only {DEFAULTS[field]!r}")
+    strategy, layer = get("vision_feature_select_strategy"), get("vision_feature_layer")
+    if strategy not in ("default", "full") or not isinstance(layer, int):
+        raise CheckpointError(
+            f"config.json: vision_feature_select_strategy must be default or full and vision_feature_layer one "
+            f"integer, not {strategy!r} and {layer!r}"
+        )
+    keep_class_token = strategy == "full"
+    tower = vision.from_hf(vision_config(config, vision, "config.json: vision_config"), layer, keep_class_token)
+    if tower_config is not None:
+        _check_same(tower, vision.from_hf(vision_config(tower_config, vision), layer, keep_class_token))
+    text = llm_config(config["text_config"], llm, "config.json: text_config")
+    decoder = llm.from_hf({**text, "tie_word_embeddings": _is_tied(config)})
+    image_token_id = config.get("image_token_id", get("image_token_index"))
+    has_image_token = image_token_id is not None and image_token_id < decoder.vocab_size
+    return VlmOptions(
+        family=family,
+        vision=tower,
+        projector=ProjectorOptions(kind="mlp2x_gelu", in_size=tower.hidden_size, out_size=decoder.hidden_size),
+        llm=decoder,
+        image=vision.IMAGE,
+        image_token_id=image_token_id if has_image_token else None,
+        tokens_per_image=tower.num_features,
+        hf=config,
+    )
+
+
+def _is_tied(config: dict[str, Any]) -> bool:
+    """The whole model's field counts for transformers; the llm's own, where it is given, must not contradict."""
+    tied = config.get("tie_word_embeddings", DEFAULTS["tie_word_embeddings"])
+    if config["text_config"].get("tie_word_embeddings", tied) != tied:
+        raise CheckpointError("config.json: tie_word_embeddings differs between the model and its text_config")
+    return tied
+
+
+def _check_same(ours: VisionOptions, towers: VisionOptions) -> None:
+    for field in fields(VisionOptions):
+        said, found = getattr(ours, field.name), getattr(towers, field.name)
+        if said != found:
+            raise CheckpointError(
+                f"config.json: vision_config makes the tower's {field.name} {said}, the --tower's config.json {found}; "
+                "give the tower that the model was made with"
+            )
+
+
+def write(options: VlmOptions, *, llm: LlmPart, vision: VisionPart) -> dict[str, Any]:
+    """Options -> config.json, written over the one they came from if that was in this spelling."""
+    if options.projector.kind != "mlp2x_gelu":
+        raise CheckpointError(
+            f"transformers' llava has no projector of kind {options.projector.kind!r}; export with --dialect original"
+        )
+    source, tower = (options.hf, options.hf["vision_config"]) if is_native(options.hf) else ({}, options.tower_hf or {})
+    known = {
+        "architectures": source.get("architectures", ["LlavaForConditionalGeneration"]),
+        "model_type": "llava",
+        "tie_word_embeddings": options.llm.has_tied_embeddings,
+        "text_config": llm.to_hf(options.llm, source.get("text_config", {})),
+        "vision_config": vision.to_hf(options.vision, vision_config(tower, vision)),
+        "vision_feature_select_strategy": "full" if options.vision.keep_class_token else "default",
+        "vision_feature_layer": feature_layer(options.vision, source.get("vision_feature_layer", -2)),
+    }
+    if "image_token_id" not in source:
+        # transformers wants an integer also where there is no such token: the first one behind the vocabulary.
+        none = {**DEFAULTS, **source}["image_token_index"] if source else options.llm.vocab_size
+        known["image_token_index"] = none if options.image_token_id is None else options.image_token_id
+    if not source:
+        carried = {key: options.hf[key] for key in CARRIED if key in options.hf}
+        known["text_config"] |= carried
+        known |= carried | {"image_seq_length": options.tokens_per_image}
+    return overlay(source, known, {**DEFAULTS, "architectures": source.get("architectures")})
+
+
+def feature_layer(vision: VisionOptions, said: int) -> int:
+    """`said` where it means the block whose output is used, else that block counted from the end."""
+    if said % (vision.stored_layers + 1) == vision.num_layers:
+        return said
+    return vision.num_layers - vision.stored_layers - 1
+
+
+def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any], *, llm: LlmPart, vision: VisionPart) -> dict[str, Any]:
+    """config.json of a model made of a plain llm and a plain tower, in LLaVA-1.5's way. The vocabulary stays as the llm
+    has it, so no id stands for a visual token: `image_token_index` is the first one behind it."""
+    text, tower = llm_config(llm_hf, llm, "the llm's config.json"), vision_config(tower_hf, vision)
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": llm.from_hf(text).vocab_size,
+        "image_seq_length": vision.from_hf(tower, -2, keep_class_token=False).num_features,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "text_config": text,
+        "vision_config": {"model_type": vision.MODEL_TYPE, **tower},
+    } | {key: text[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in text}
+
+
+def keys(options: VlmOptions, *, llm: LlmPart, vision: VisionPart) -> KeyMap:
+    """The table in the spelling of the published files (transformers up to 4.51), which every later version reads;
+    whatever prefixes transformers has since put in or left out are accepted."""
+    table = (
+        vision.keys(options.vision).renamed(ours="vision.", hf={"": "vision_tower.vision_model."})
+        + mlp.keys(options.projector).renamed(ours="projector.", hf={"": "multi_modal_projector."})
+        + llm.keys(options.llm).renamed(ours="llm.", hf={"": "language_model."})
+    )
+    return table.accepting(_ALIASES)
