@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         groups.start_distributed()
         run(config, found, groups.start(config.parallel, found.layout, config.train.seed))
         groups.stop()
-    except MegammError as error:
+    except (MegammError, OSError) as error:  # OSError: a full disk, say; it names the file
         _let_first_speak()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -16,11 +16,11 @@ COLOURS = {
     "red": (225, 40, 40),
     "green": (40, 170, 60),
     "blue": (40, 70, 230),
-    "yellow": (240, 215, 40),
+    "orange": (245, 130, 20),
     "purple": (150, 60, 180),
     "black": (20, 20, 20),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 """Row by row, cells of a 3 x 3 grid."""
 
@@ -55,19 +55,19 @@ def picture(thing: Thing, rng: random.Random) -> Image.Image:
     image = Image.new("RGB", (SIZE * FINE, SIZE * FINE), tuple(grey + rng.randint(-12, 12) for _ in range(3)))
     row, column = divmod(PLACES.index(place), 3)
     cell = SIZE * FINE / 3
-    x, y = ((index + 0.5 + rng.uniform(-0.1, 0.1)) * cell for index in (column, row))
+    x, y = ((index + 0.5 + rng.uniform(-0.08, 0.08)) * cell for index in (column, row))
     r = rng.uniform(0.3, 0.44) * cell
     fill = tuple(max(0, min(255, value + rng.randint(-15, 15))) for value in COLOURS[colour])
     pen = ImageDraw.Draw(image)
-    if shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    if shape == "ring":
+        pen.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=round(0.45 * r))
     elif shape == "square":
         pen.rectangle((x - r, y - r, x + r, y + r), fill=fill)
     elif shape == "triangle":
         pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=fill)
     else:
-        pen.rectangle((x - r, y - 0.4 * r, x + r, y + 0.4 * r), fill=fill)
-        pen.rectangle((x - 0.4 * r, y - r, x + 0.4 * r, y + r), fill=fill)
+        pen.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill=fill)
+        pen.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill=fill)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 

@@ -61,6 +61,7 @@ def start(local_rank: int) -> Backend:
             deallocate_pipeline_outputs=True,
         ),
         overlap_gradient_reduction=True,
+        pins_memory=True,
         memory_bytes=torch.cuda.max_memory_allocated,
         synchronize=torch.cuda.synchronize,
     )

@@ -123,7 +123,8 @@ class Checkpoint:
     """Where a run keeps its state."""
 
     dir: str
-    """Directory of the run: checkpoints under step_XXXXXXXX/, log.jsonl, TensorBoard events, config.json."""
+    """Directory of the run: checkpoints under step_XXXXXXXX/ (each with its recipe.json), log.jsonl, TensorBoard
+    events."""
     every_steps: int = 0
     """Steps between checkpoints; 0: only after the last step."""
     keep_last: int = 2

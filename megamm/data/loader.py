@@ -165,13 +165,14 @@ class Loader:
         group_by_modality_length: bool = False,
         num_workers: int = 0,
         prefetch: int = 4,
+        pin_memory: bool = False,
         num_samples: int | None = None,
     ):
         """`pad_multiple`: what sequence lengths are rounded up to; tp, for sequence parallel. `shuffle`: a new order
         every epoch, or always the stored one. `group_by_modality_length`: the new order is a `grouped_order`.
         `num_workers`: processes that read and decode, each up to `prefetch` micro-batches ahead; 0: in this process.
-        `num_samples`: exactly these first samples of the order (all, where there are fewer), each once; the last step
-        is filled up with samples without tokens, on every rank alike.
+        `pin_memory`: hand out batches in pinned memory. `num_samples`: exactly these first samples of the order (all,
+        where there are fewer), each once; the last step is filled up with samples without tokens, on every rank alike.
 
         Raises ConfigError where `global_batch` does not divide, DataError where the dataset is empty.
         """
@@ -192,6 +193,7 @@ class Loader:
         self._pad_id, self._pad_multiple = pad_id, pad_multiple
         self._seed, self._shuffle, self._is_grouped = seed, shuffle, shuffle and group_by_modality_length
         self._num_workers, self._prefetch = num_workers, prefetch
+        self._pin_memory = pin_memory
         self._num_samples = None if num_samples is None else min(num_samples, len(dataset))
         self._consumed = 0
         self._is_cut = dataset.num_tokens > dataset.max_tokens
@@ -234,6 +236,7 @@ class Loader:
             "seed": self._seed,
             "shuffle": self._shuffle,
             "samples": len(self.dataset),
+            "bytes": self.dataset.reader.info["bin_bytes"],
             "group_by_modality_length": self._is_grouped,
             "global_batch": self._global_batch if self._is_grouped else None,  # a random order has no use for it
         }
@@ -289,6 +292,7 @@ class Loader:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch if self._num_workers else None,
             collate_fn=_same,
+            pin_memory=self._pin_memory,
             generator=torch.Generator(),  # otherwise it draws from the global one, and resuming would change dropout
         )
         stream = iter(results)

@@ -61,10 +61,12 @@ def start(parallel: Parallel, layout: Layout, seed: int = 0) -> Ranks:
     """
     world = dist.get_world_size()
     if world % (parallel.tp * parallel.pp):
-        raise ConfigError([
-            f"{world} processes cannot be divided by parallel.tp {parallel.tp} x parallel.pp {parallel.pp}: "
-            "start a multiple of that many (--nproc-per-node)"
-        ])
+        raise ConfigError(
+            [
+                f"{world} processes cannot be divided by parallel.tp {parallel.tp} x parallel.pp {parallel.pp}: "
+                "start a multiple of that many (--nproc-per-node)"
+            ]
+        )
     _drop_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,

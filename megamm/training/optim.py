@@ -116,7 +116,8 @@ def build_optimizer(optim: Optim, stages: Sequence[DistributedDataParallel]) -> 
 
 
 def build_schedule(optim: Optim, optimizer: MegatronOptimizer, num_steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up from 0 over `optim.warmup` of all steps, then the chosen decay to `min_lr` at the last step."""
+    """Linear warm-up from 0 over `optim.warmup` of all steps, then the chosen decay. As with Hugging Face's schedules,
+    the rate belongs to the steps already done: `min_lr` would be that of one more step."""
     warmup = min(math.ceil(optim.warmup * num_steps), num_steps - 1)
     return OptimizerParamScheduler(
         optimizer,

@@ -6,7 +6,7 @@ What is wrong is found here, all of it at once, in seconds and without weights: 
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,9 @@ from megamm.models.family import Family
 from megamm.models.options import VlmOptions
 from megamm.models.spec import Build
 from megamm.parallel.check import Sizes, find_size_problems
-from megamm.parallel.placement import Layout, Unit, auto_layout, parse_layout, step_flops
+from megamm.parallel.placement import Layout, Unit, choose_layout, step_flops
 from megamm.registry import family
-from megamm.training.checkpoint import check_same_model, newest
+from megamm.training.checkpoint import check_same_frozen, check_same_model, newest
 from megamm.weights.convert import HF_FILES, CheckpointInfo, find_checkpoint, read_info
 
 log = get_logger(__name__)
@@ -88,7 +88,14 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
     if needs_files:
         problems += _run_dir_problems(config.checkpoint)
     pretrained = config.model.pretrained
-    if pretrained is not None and not Path(pretrained).exists() and (needs_files or model is None):
+    resumed = newest(config.checkpoint.dir)
+    goes_on = resumed is not None and config.checkpoint.resume
+    if resumed is not None and not config.checkpoint.resume and needs_files:
+        problems.append(
+            f"checkpoint.dir={config.checkpoint.dir} holds {resumed.name} of an earlier run, and checkpoint.resume is "
+            "False: choose another checkpoint.dir, or remove that run"
+        )
+    if pretrained is not None and not Path(pretrained).exists() and not goes_on and (needs_files or model is None):
         problems.append(
             f"model.pretrained={pretrained}: there is no such checkpoint. Make it with tools/checkpoint/"
             "hf_to_megatron.py, or drop it (--model.pretrained None) and give model.config to draw the weights"
@@ -102,7 +109,7 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
         of_sizes = find_size_problems(config.parallel, part_sizes(options), names_only)
         problems += of_sizes
         if not of_config and not of_sizes:
-            problems += _interleaving_problems(config, choose_layout(config, names_only), world_size)
+            problems += _interleaving_problems(config, choose_layout(config.parallel, names_only), world_size)
     if config.data.max_tokens > options.llm.max_positions:
         problems.append(
             f"data.max_tokens={config.data.max_tokens}: the llm was made for {options.llm.max_positions} positions; "
@@ -110,9 +117,10 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
         )
     for name, reader in readers.items():
         problems += _data_problems(name, reader, model)
-    if config.checkpoint.resume and (resumed := newest(config.checkpoint.dir)) is not None:
+    if resumed is not None and config.checkpoint.resume:
         with _noted(problems, "checkpoint.dir: "):
             check_same_model(resumed, model.info)
+            check_same_frozen(resumed, config.train.freeze)
     if problems:
         raise ConfigError(problems)
 
@@ -133,7 +141,9 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
         info=model.info,
         start=model.start,
         units=flat,
-        layout=choose_layout(config, flat),
+        layout=choose_layout(
+            config.parallel, flat, frozen=config.train.freeze, recompute=config.train.recompute == "full"
+        ),
         dp=world_size // (config.parallel.tp * config.parallel.pp),
         num_samples=num_samples,
         num_steps=config.train.steps or by_epochs,
@@ -151,20 +161,6 @@ def _interleaving_problems(config: Config, layout: Layout, world_size: int) -> l
         f"{layout.virtual} virtual stages need a multiple of parallel.pp={parallel.pp} of them: legal is a multiple of "
         f"{at_once * parallel.pp}"
     ]
-
-
-def choose_layout(config: Config, flat: Sequence[Unit]) -> Layout:
-    """The cut that `parallel.layout` names, or the balanced one."""
-    parallel = config.parallel
-    if parallel.layout == "auto":
-        return auto_layout(
-            flat,
-            parallel.pp,
-            frozen=config.train.freeze,
-            virtual=parallel.virtual_stages,
-            recompute=config.train.recompute == "full",
-        )
-    return parse_layout(parallel.layout, flat, parallel.pp)
 
 
 def part_sizes(options: VlmOptions) -> dict[str, Sizes]:
@@ -210,6 +206,8 @@ def _read_model(config: Config) -> _Model | None:
                 f"model.pretrained={start} is of family {info.family}, model.family is {model.family}; give the one "
                 "that goes with the other"
             )
+    elif config.checkpoint.resume and (resumed := newest(config.checkpoint.dir)) is not None:
+        info = read_info(resumed)
     elif model.config is not None:
         info = CheckpointInfo(
             family=model.family, dialect=of_family.export_dialect, hf_config=_config_json(model.config)

@@ -71,7 +71,7 @@ def test_a_seed_draws_the_same_again_and_an_output_is_never_overwritten(data: Pa
 
 @pytest.mark.parametrize("place", draw.PLACES)
 def test_a_thing_is_where_its_caption_says(place: str) -> None:
-    pixels = np.asarray(draw.picture(("black", "circle", place), random.Random(0)))
+    pixels = np.asarray(draw.picture(("black", "square", place), random.Random(0)))
     rows, columns = np.nonzero(pixels.max(axis=2) < 80)
     row, column = divmod(draw.PLACES.index(place), 3)
     cell = draw.SIZE / 3

@@ -1,13 +1,16 @@
 """The result of training depends on no layout, and a run goes on at any other layout."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megamm.config.schema import PARTS, Checkpoint, Config, Data, Model, Optim, Parallel, Train
+from megamm.registry import family
 from megamm.testing.data import random_dataset
-from megamm.weights.convert import StoredTensors
+from megamm.weights.convert import StoredTensors, export_hf, import_hf
 from tests.training import jobs
 
 STEPS = 20
@@ -161,3 +164,25 @@ def test_200_interleaved_steps_are_all_the_same(parallel, ranks, config, pool, t
     results = pool.run(jobs.repeat, at(config, tmp_path, parallel, global_batch=8), 200, ranks=ranks)
     assert all(len(set(of_rank)) == 1 for of_rank in results)
     assert results[0][0][0] > 1.0
+
+
+def test_kept_tensors_and_tokenizer_outlive_the_checkpoints_they_came_from(config, golden, pool, tmp_path):
+    """With one checkpoint kept and a resume in between, the export is still complete."""
+    hf = golden / "llava/hf_native/hf"
+    source = tmp_path / "hf"
+    shutil.copytree(hf, source)
+    (source / "tokenizer_config.json").write_text("{}")
+    import_hf(source, None, [family("llava")], tmp_path / "start")
+    short = dataclasses.replace(
+        at(config, tmp_path / "run", steps=4, eval_every_steps=0),
+        model=Model(family="llava", pretrained=str(tmp_path / "start")),
+        data=dataclasses.replace(config.data, eval_path=None),
+        checkpoint=Checkpoint(dir=str(tmp_path / "run"), every_steps=1, keep_last=1),
+    )
+    pool.run(jobs.train, short, ranks=1)
+    longer = dataclasses.replace(short, train=dataclasses.replace(short.train, steps=7))
+    pool.run(jobs.train, longer, ranks=1)
+    assert [path.name for path in tmp_path.glob("run/step_*")] == ["step_00000007"]
+    export_hf(tmp_path / "run", family("llava"), tmp_path / "back")
+    assert load_file(tmp_path / "back/model.safetensors").keys() == load_file(hf / "model.safetensors").keys()
+    assert (tmp_path / "back/tokenizer_config.json").exists()
