@@ -63,6 +63,17 @@ def test_every_case_at_every_layout(layout, golden, pool8):
     check(golden, pool8, layout)
 
 
+@pytest.mark.parametrize("layout", [dict(), dict(tp=2, pp=2, layout="Vv|vvPE|t|ttL", sequence_parallel=True)], ids=name)
+def test_a_text_only_batch_leaves_exact_zeros_in_tower_and_projector(layout, golden, pool):
+    request = Request(hf=str(golden / VARIANT / "hf"), **layout)
+    [(_, found)] = verify(request, [golden / VARIANT / "cases/text_only.npz"], pool)
+    grads = {key.removeprefix("grad:"): grad for key, grad in found.items() if key.startswith("grad:")}
+    unused = [key for key in grads if key.startswith(("vision_tower", "multi_modal_projector"))]
+    assert len(unused) == 3 * 16 + 5 + 4
+    assert all(not grads[key].any() for key in unused)
+    assert all(grads[key].any() for key in grads.keys() - set(unused))
+
+
 @pytest.fixture
 def perturbed(golden, tmp_path):
     """The golden checkpoint with one number of one tensor changed."""

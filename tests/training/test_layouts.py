@@ -22,6 +22,7 @@ LAYOUTS = {
     "tp2 pp2 sp": Parallel(tp=2, pp=2, sequence_parallel=True),
     "dp2": Parallel(),
     "tp2 dp2 sp": Parallel(tp=2, sequence_parallel=True),
+    "tp4 sp, more ranks than key/value groups": Parallel(tp=4, sequence_parallel=True),
     "pp2 interleaved": Parallel(pp=2, virtual_stages=2),
     "pp2 interleaved cut in the tower": Parallel(pp=2, layout="Vv|vvPE|t|ttL"),
     "tp2 pp2 sp interleaved": Parallel(tp=2, pp=2, sequence_parallel=True, virtual_stages=3),
@@ -75,6 +76,13 @@ def assert_same(found, expected, tolerance=1e-5):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_losses_equal_those_of_one_rank(name, config, reference, pool, tmp_path):
     lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS[name]), ranks=RANKS[name])[0]
+    assert_same(lines, reference[1])
+
+
+@pytest.mark.slow
+def test_losses_on_eight_ranks_equal_those_of_one(config, reference, pool8, tmp_path):
+    parallel = Parallel(tp=2, pp=2, virtual_stages=2, sequence_parallel=True)
+    lines = pool8.run(jobs.train, at(config, tmp_path, parallel, recompute="full"), ranks=8)[0]
     assert_same(lines, reference[1])
 
 
