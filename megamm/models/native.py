@@ -94,8 +94,7 @@ def write(options: VlmOptions, *, llm: LlmPart, vision: VisionPart) -> dict[str,
             f"transformers' llava has no projector of kind {options.projector.kind!r}; export with --dialect original"
         )
     source, tower = (options.hf, options.hf["vision_config"]) if is_native(options.hf) else ({}, options.tower_hf or {})
-    known = {
-        "architectures": source.get("architectures", ["LlavaForConditionalGeneration"]),
+    known: dict[str, Any] = {
         "model_type": "llava",
         "text_config": llm.to_hf(options.llm, source.get("text_config", {})),
         "vision_config": vision.to_hf(options.vision, vision_config(tower, vision)),
@@ -109,8 +108,9 @@ def write(options: VlmOptions, *, llm: LlmPart, vision: VisionPart) -> dict[str,
     if not source:
         carried = {key: options.hf[key] for key in CARRIED if key in options.hf}
         known["text_config"] |= carried
-        known |= carried | {"image_seq_length": options.tokens_per_image}
-    return overlay(source, known, {**DEFAULTS, "architectures": source.get("architectures")})
+        known |= carried
+        known |= {"architectures": ["LlavaForConditionalGeneration"], "image_seq_length": options.tokens_per_image}
+    return overlay(source, known, DEFAULTS)
 
 
 def feature_layer(vision: VisionOptions, said: int) -> int:
@@ -120,9 +120,7 @@ def feature_layer(vision: VisionOptions, said: int) -> int:
     return vision.num_layers - vision.stored_layers - 1
 
 
-def compose(
-    llm_hf: dict[str, Any], tower_hf: dict[str, Any], *, llm: LlmPart, vision: VisionPart
-) -> dict[str, Any]:
+def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any], *, llm: LlmPart, vision: VisionPart) -> dict[str, Any]:
     """config.json of a model made of a plain llm and a plain tower, in LLaVA-1.5's way. The vocabulary stays as the llm
     has it, so no id stands for a visual token: `image_token_index` is the first one behind it."""
     text, tower = llm_config(llm_hf, llm, "the llm's config.json"), vision_config(tower_hf, vision)

@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+
 def keys(options: LlmOptions) -> KeyMap:
     """The table of a LlamaForCausalLM checkpoint."""
     vocab, h, f = options.padded_vocab_size, options.hidden_size, options.ffn_size

@@ -27,6 +27,7 @@ IMAGE = ImageOptions(
     resize="shortest_edge_crop",
 )
 
+
 def block_rows(options: VisionOptions) -> tuple[Row, ...]:
     """The rows of one pre-norm block as CLIP and SigLIP spell it."""
     h, f = options.hidden_size, options.ffn_size
