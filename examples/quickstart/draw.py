@@ -45,7 +45,7 @@ UNSEEN: set[Thing] = {
 def caption(thing: Thing) -> str:
     """What the picture shows, as the model must say it."""
     colour, shape, place = thing
-    return f"a {colour} {shape} at the {place}"
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape} at the {place}"
 
 
 def picture(thing: Thing, rng: random.Random) -> Image.Image:

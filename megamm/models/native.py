@@ -103,8 +103,7 @@ def write(options: VlmOptions, *, llm: LlmPart, vision: VisionPart) -> dict[str,
             f"transformers' llava has no projector of kind {options.projector.kind!r}; export with --dialect original"
         )
     source, tower = (options.hf, options.hf["vision_config"]) if is_native(options.hf) else ({}, options.tower_hf or {})
-    known = {
-        "architectures": source.get("architectures", ["LlavaForConditionalGeneration"]),
+    known: dict[str, Any] = {
         "model_type": "llava",
         "tie_word_embeddings": options.llm.has_tied_embeddings,
         "text_config": llm.to_hf(options.llm, source.get("text_config", {})),
@@ -119,8 +118,9 @@ def write(options: VlmOptions, *, llm: LlmPart, vision: VisionPart) -> dict[str,
     if not source:
         carried = {key: options.hf[key] for key in CARRIED if key in options.hf}
         known["text_config"] |= carried
-        known |= carried | {"image_seq_length": options.tokens_per_image}
-    return overlay(source, known, {**DEFAULTS, "architectures": source.get("architectures")})
+        known |= carried
+        known |= {"architectures": ["LlavaForConditionalGeneration"], "image_seq_length": options.tokens_per_image}
+    return overlay(source, known, DEFAULTS)
 
 
 def feature_layer(vision: VisionOptions, said: int) -> int:

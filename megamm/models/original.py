@@ -99,7 +99,6 @@ def write(
     """
     source = options.hf if is_original(options.hf) else {}
     known = {
-        "architectures": source.get("architectures", [architecture]),
         "model_type": source.get("model_type", model_type),
         "mm_vision_tower": source.get("mm_vision_tower", "vision_tower"),
         "mm_hidden_size": options.vision.hidden_size,
@@ -107,14 +106,15 @@ def write(
         "mm_vision_select_layer": feature_layer(options.vision, source.get("mm_vision_select_layer", -2)),
         "mm_vision_select_feature": next(k for k, keep in _FEATURES.items() if keep == options.vision.keep_class_token),
     }
-    defaults = {**DEFAULTS, "architectures": source.get("architectures"), "mm_hidden_size": options.vision.hidden_size}
+    defaults = {**DEFAULTS, "mm_hidden_size": options.vision.hidden_size}
     out = overlay(llm.to_hf(options.llm, source), known, defaults if source else {}) | dict.fromkeys(_FLAGS, False)
     if options.tower_hf is not None and source:
         return out, options.tower_hf
     tower = vision.to_hf(options.vision, options.hf.get("vision_config", {}))
     text = options.hf.get("text_config", {})
     carried = {key: part[key] for part in (text, options.hf) for key in CARRIED if key in part}
-    return out | carried | {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat", "use_mm_proj": True}, tower
+    fresh = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat", "use_mm_proj": True}
+    return out | carried | fresh | {"architectures": [architecture]}, tower
 
 
 def keys(options: VlmOptions, *, llm: LlmPart, vision: VisionPart) -> KeyMap:

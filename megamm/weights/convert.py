@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import Unpickler, UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +30,12 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -39,6 +44,7 @@ from megamm.errors import CheckpointError
 from megamm.weights.draw import draw
 from megamm.weights.hf import (
     CONFIG,
+    DTYPES,
     HfSource,
     HfWriter,
     TensorInfo,
@@ -282,10 +288,10 @@ def write_checkpoint(checkpoint: HfCheckpoint, output: str | Path, *file_dirs: s
 def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Path, dialect: str | None = None) -> str:
     """Write the Hugging Face directory of a megamm checkpoint to `output`; returns its dialect.
 
-    `dialect` None: the one imported from. The tower's tensors are among the rest even if they came from elsewhere.
-    Every tensor keeps its stored dtype; a vocabulary loses its padding; kept tensors and files come back.
-    Holds at most about twice the largest tensor. CheckpointError: another family, an unknown dialect, tensors missing
-    or unknown; then `output` is not made.
+    `dialect` None: the one imported from. The tower's tensors are among the rest, wherever they came from. Every
+    tensor keeps its stored dtype, a vocabulary loses its padding, kept tensors and files come back. Holds at most about
+    twice the largest tensor. CheckpointError: another family, an unknown dialect or one that cannot say this model,
+    tensors missing, unknown or of other shapes; then `output` is not made.
     """
     source_dir = find_checkpoint(checkpoint_dir)
     info = read_info(source_dir)
@@ -423,9 +429,12 @@ class StoredTensors(FileSystemReader):
         super().__init__(directory)
         self._directory = Path(directory)
         try:
-            self._metadata = self.read_metadata()
+            with (self._directory / ".metadata").open("rb") as file:
+                self._metadata: Metadata = _MetadataUnpickler(file).load()
         except (OSError, EOFError, UnpicklingError) as error:
-            raise CheckpointError(f"{directory}/.metadata cannot be read: it is no whole checkpoint") from error
+            raise CheckpointError(
+                f"{directory}/.metadata cannot be read ({error}): it is no whole checkpoint"
+            ) from error
         self.infos: dict[str, TensorInfo] = {
             name: TensorInfo(tuple(stored.size), stored.properties.dtype)
             for name, stored in self._metadata.state_dict_metadata.items()
@@ -454,6 +463,31 @@ class StoredTensors(FileSystemReader):
                 return torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, UnpicklingError) as error:
             raise CheckpointError(f"cannot read {name} from {path} ({error}): the checkpoint is not whole") from error
+
+
+class _MetadataUnpickler(Unpickler):
+    """Reads `.metadata`, which torch writes as a pickle, and makes nothing but what torch puts there."""
+
+    _LEGAL = {
+        "pathlib": {"PosixPath", "WindowsPath"},
+        "pathlib._local": {"PosixPath", "WindowsPath"},  # Python 3.13 only
+        "torch": {"Size", *(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.planner": {
+            "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+        },
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class of that name, if it is one of those."""
+        if name not in self._LEGAL.get(module, ()):
+            raise UnpicklingError(f"it holds {module}.{name}, which does not belong there")
+        return super().find_class(module, name)
 
 
 @contextmanager

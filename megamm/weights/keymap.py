@@ -188,9 +188,7 @@ class KeyMap:
 
     @cached_property
     def _entries(self) -> dict[str, Entry]:
-        entries = [
-            entry for row, dims in self._rows if isinstance(row, Row) for entry in _expand(row, dims)
-        ]
+        entries = [entry for row, dims in self._rows if isinstance(row, Row) for entry in _expand(row, dims)]
         for names in ([entry.name for entry in entries], [key for entry in entries for key in entry.hf]):
             if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                 raise ValueError(f"in more than one row of the table: {', '.join(twice)}")
@@ -307,7 +305,7 @@ def match(
         return matching[0]
     if matching:
         raise CheckpointError(f"the tensor names fit more than one dialect of the family: {', '.join(matching)}")
-    nearest = min(faults, key=lambda dialect: sum(map(len, faults[dialect])))
+    nearest = min(faults, key=lambda dialect: tuple(map(len, faults[dialect])))
     left_over, missing = faults[nearest]
     raise CheckpointError(
         f"the tensor names fit no dialect of the family. Nearest is {nearest!r}:\n"

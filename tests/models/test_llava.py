@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlavaConfig
 
 from megamm import backend
 from megamm.config.schema import Parallel
@@ -16,6 +17,13 @@ from megamm.models.parameters import canonical_parameters, draw
 from megamm.models.spec import Build
 from megamm.parallel import groups
 from megamm.parallel.placement import auto_layout
+
+
+@pytest.fixture
+def original_configs(golden):
+    """config.json in the authors' spelling and that of the tower, as one of their releases has them."""
+    directory = golden / "vw_lmm/llama/hf"
+    return tuple(json.loads((path / "config.json").read_text()) for path in (directory, directory / "vision_tower"))
 
 
 @pytest.fixture
@@ -63,6 +71,125 @@ def test_reading_and_writing_a_config_changes_nothing(hf_config):
     for config in (hf_config, published()):
         before = copy.deepcopy(config)
         assert llava.write(llava.read(config), "hf") == (before, None) == (config, None)
+
+
+def published_original() -> tuple[dict, dict]:
+    """The config.json of llava-v1.5-7b, less what says nothing of the model, and of its tower, a CLIPModel."""
+    config = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "freeze_mm_mlp_adapter": False,
+        "freeze_mm_vision_resampler": False,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "image_aspect_ratio": "pad",
+        "image_grid_pinpoints": None,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "max_length": 4096,
+        "max_position_embeddings": 4096,
+        "mm_hidden_size": 1024,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "model_type": "llava",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pad_token_id": 0,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "tune_mm_mlp_adapter": False,
+        "use_cache": True,
+        "use_mm_proj": True,
+        "vocab_size": 32000,
+    }
+    return config, {"model_type": "clip", "text_config": {}, "vision_config": published()["vision_config"]}
+
+
+def test_reading_and_writing_the_original_spelling_changes_nothing(original_configs):
+    for configs in (original_configs, published_original()):
+        before = copy.deepcopy(configs)
+        assert llava.write(llava.read(*configs), "original") == before == configs
+        linear = ({**configs[0], "mm_projector_type": "linear"}, configs[1])
+        assert llava.write(llava.read(*linear), "original") == linear
+        assert llava.read(*linear).projector.kind == "linear"
+
+
+def test_the_two_flags_are_written_even_where_they_were_not():
+    config, tower = published_original()
+    written, _ = llava.write(llava.read({k: v for k, v in config.items() if "mm_use_im" not in k}, tower), "original")
+    assert written == config
+
+
+def test_both_published_spellings_are_the_same_model_and_translate_into_each_other():
+    native, flat = llava.read(published()), llava.read(*published_original())
+    assert (flat.vision, flat.projector, flat.tokens_per_image) == (native.vision, native.projector, 576)
+    assert flat.llm == replace(native.llm, vocab_size=32000)
+    assert flat.image_token_id is None
+    for options, source, target in ((native, "hf", "original"), (flat, "original", "hf")):
+        there = llava.read(*llava.write(options, target))
+        back = llava.read(*llava.write(there, source))
+        for other in (there, back):
+            assert (other.vision, other.projector, other.llm) == (options.vision, options.projector, options.llm)
+    assert llava.write(flat, "hf")[0]["text_config"]["eos_token_id"] == 2
+    assert LlavaConfig(**llava.write(flat, "hf")[0]).image_token_index == 32000
+
+
+def test_a_linear_projector_cannot_be_said_natively():
+    config, tower = published_original()
+    with pytest.raises(CheckpointError, match="no projector of kind 'linear'; export with --dialect original"):
+        llava.write(llava.read({**config, "mm_projector_type": "linear"}, tower), "hf")
+
+
+@pytest.mark.parametrize(
+    ("change", "tower_change", "message"),
+    [
+        (dict(mm_use_im_start_end=True), {}, "mm_use_im_start_end True is not supported, only False"),
+        (dict(mm_use_im_patch_token=True), {}, "mm_use_im_patch_token"),
+        (dict(mm_projector_type="mlp3x_gelu"), {}, "only linear, mlp2x_gelu"),
+        (dict(mm_vision_select_feature="cls"), {}, "mm_vision_select_feature 'cls'"),
+        (dict(mm_vision_select_layer=None), {}, "mm_vision_select_layer must be an integer"),
+        (dict(image_aspect_ratio="anyres"), {}, "image_aspect_ratio 'anyres'"),
+        (dict(mm_patch_merge_type="spatial_unpad"), {}, "mm_patch_merge_type"),
+        (dict(mm_hidden_size=768), {}, "mm_hidden_size is 768 and the --tower's hidden_size is 1024"),
+        (dict(model_type="llava_qwen"), {}, "'llava_qwen' is none of llava, llava_llama"),
+        ({}, dict(vision_config={"model_type": "siglip_vision_model"}), "'siglip_vision_model'"),
+    ],
+)
+def test_originals_that_llava_cannot_be_are_refused(change, tower_change, message):
+    config, tower = published_original()
+    with pytest.raises(CheckpointError, match=message):
+        llava.read({**config, **change}, {**tower, **tower_change})
+
+
+def test_an_original_without_its_towers_config_asks_for_it():
+    with pytest.raises(CheckpointError, match="(?s)openai/clip-vit-large-patch14-336.*--tower"):
+        llava.read(published_original()[0])
+
+
+def test_a_tower_that_contradicts_the_config_is_refused():
+    tower = {**published()["vision_config"], "num_attention_heads": 8}
+    with pytest.raises(CheckpointError, match="num_heads 16, the --tower's config.json 8"):
+        llava.read(published(), tower)
+
+
+def test_a_start_is_composed_of_an_llm_and_a_tower():
+    llm = {**published()["text_config"], "vocab_size": 32000}
+    config = llava.FAMILY.compose(llm, published_original()[1])
+    options = llava.read(config)
+    assert options.vision == llava.read(published()).vision
+    assert (options.llm.vocab_size, options.image_token_id, config["torch_dtype"]) == (32000, None, "float16")
+    assert llava.write(options, "hf") == (config, None)
+    with pytest.raises(CheckpointError, match="the llm's config.json: model_type 'mistral'"):
+        llava.FAMILY.compose({**llm, "model_type": "mistral"}, published_original()[1])
 
 
 def test_published_sizes():
@@ -121,7 +248,7 @@ def describe_parameters(tp: int, pp: int, hf_config: dict) -> dict[str, tuple[in
 def test_table_and_model_are_the_same_list(tp, pp, hf_config, pool):
     table = llava.FAMILY.keys["hf"](llava.read(hf_config))
     whole = pool.run(describe_parameters, 1, 1, hf_config, ranks=1)[0]
-    assert sorted(whole) == sorted(entry.name for entry in table.entries())
+    assert whole == {entry.name: entry.shape for entry in table.entries()}
     found = pool.run(describe_parameters, tp, pp, hf_config, ranks=tp * pp)
     assert sum(len(rank) for rank in found) == tp * len(whole), "a parameter is on two stages or on none"
     for rank in found:

@@ -1,23 +1,41 @@
 """HF -> megamm -> HF gives back every bit; what does not fit is refused and leaves nothing; memory stays bounded."""
 
+import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
 
 from megamm.errors import CheckpointError
 from megamm.models import llava
 from megamm.weights import convert
-from megamm.weights.convert import StoredTensors, export_hf, find_checkpoint, import_hf, open_hf, read_info
+from megamm.weights.convert import (
+    StoredTensors,
+    export_hf,
+    find_checkpoint,
+    import_hf,
+    open_hf,
+    open_start,
+    read_info,
+)
+from megamm.weights.draw import draw
 from megamm.weights.hf import HfSource, read_config
 from tests.weights import tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava" / "hf_native" / "hf"
+ORIGINAL = Path(__file__).parents[1] / "golden" / "vw_lmm" / "llama" / "hf"
+VISION = "model.vision_tower.vision_tower.vision_model."
 
 
 def loaded(directory):
@@ -59,9 +77,187 @@ def test_llava_round_trip_gives_back_every_bit(tmp_path):
 def test_llava_is_imported_from_every_dialect_it_is_exported_in(tmp_path, dialect):
     import_hf(GOLDEN, None, [llava.FAMILY], tmp_path / "first")
     export_hf(tmp_path / "first", llava.FAMILY, tmp_path / "spelt", dialect)
-    assert import_hf(tmp_path / "spelt", None, [llava.FAMILY], tmp_path / "second").dialect == dialect
+    tower = tmp_path / "spelt" / convert.TOWER if dialect == "original" else None
+    assert import_hf(tmp_path / "spelt", tower, [llava.FAMILY], tmp_path / "second").dialect == dialect
     export_hf(tmp_path / "second", llava.FAMILY, tmp_path / "back", "hf")
     assert_same(loaded(tmp_path / "back"), load_file(GOLDEN / "model.safetensors"))
+
+
+@pytest.mark.parametrize("model, level, head", itertools.product([True, False], repeat=3))
+def test_every_combination_of_native_prefixes_is_imported_and_exported_as_published(tmp_path, model, level, head):
+    def spell(name):
+        name = name if level else name.replace("vision_tower.vision_model.", "vision_tower.")
+        if name.startswith("language_model.lm_head."):
+            return name if head else name.removeprefix("language_model.")
+        return "model." + name.replace("language_model.model.", "language_model.") if model else name
+
+    expected = load_file(GOLDEN / "model.safetensors")
+    hf = tiny.write_release(tmp_path / "hf", {spell(k): v for k, v in expected.items()}, read_config(GOLDEN))
+    assert import_hf(hf, None, [llava.FAMILY], tmp_path / "checkpoint").dialect == "hf"
+    export_hf(tmp_path / "checkpoint", llava.FAMILY, tmp_path / "back")
+    assert_same(loaded(tmp_path / "back"), expected)
+
+
+def original(with_tower=True):
+    """The tensors of a LLaVA in the authors' spelling: a VW-LMM without its extra head, and an old buffer or two."""
+    whole = load_file(ORIGINAL / "model.safetensors")
+    whole = {name: tensor for name, tensor in whole.items() if with_tower or "vision_tower" not in name}
+    del whole["vm_head.weight"]
+    return whole | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(8.0)}
+
+
+def test_the_original_spelling_comes_back_bit_for_bit(tmp_path):
+    position_ids = {f"{VISION}embeddings.position_ids": torch.arange(10)}
+    hf = tiny.write_release(tmp_path / "hf", original() | position_ids, read_config(ORIGINAL))
+    info = import_hf(hf, ORIGINAL / "vision_tower", [llava.FAMILY], tmp_path / "checkpoint")
+    assert (info.dialect, info.tower_config) == ("original", read_config(ORIGINAL / "vision_tower"))
+    export_hf(tmp_path / "checkpoint", llava.FAMILY, tmp_path / "back")
+    assert_same(loaded(tmp_path / "back"), original() | position_ids)
+    assert read_config(tmp_path / "back") == read_config(ORIGINAL)
+    assert read_config(tmp_path / "back" / convert.TOWER) == info.tower_config
+
+
+@pytest.mark.parametrize("num_shards, index", [(1, False), (3, False), (3, True)])
+def test_pytorch_files_without_a_tower_are_filled_from_its_directory(tmp_path, num_shards, index):
+    own = {f"{VISION}pre_layrnorm.bias": torch.full((32,), 9.0)}
+    release = original(with_tower=False) | own
+    shards = [dict(list(release.items())[k::num_shards]) for k in range(num_shards)]
+    hf = tiny.write_bin(tmp_path / "hf", shards, read_config(ORIGINAL), index)
+    import_hf(hf, ORIGINAL / "vision_tower", [llava.FAMILY], tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", llava.FAMILY, tmp_path / "back")
+    assert_same(loaded(tmp_path / "back"), original() | own)
+
+
+def test_a_linear_projector_is_spelt_in_the_original_only(tmp_path):
+    release = {name: tensor for name, tensor in original().items() if "mm_projector" not in name}
+    release |= {"model.mm_projector.weight": torch.randn(64, 32), "model.mm_projector.bias": torch.randn(64)}
+    config = read_config(ORIGINAL) | {"mm_projector_type": "linear"}
+    hf = tiny.write_release(tmp_path / "hf", release, config)
+    import_hf(hf, ORIGINAL / "vision_tower", [llava.FAMILY], tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", llava.FAMILY, tmp_path / "back")
+    assert_same(loaded(tmp_path / "back"), release)
+    with pytest.raises(CheckpointError, match="no projector of kind 'linear'"):
+        export_hf(tmp_path / "checkpoint", llava.FAMILY, tmp_path / "native", "hf")
+    assert not (tmp_path / "native").exists()
+
+
+def test_a_translated_export_runs_in_transformers_and_computes_the_same(tmp_path):
+    """From the authors' spelling into transformers' own class, against the outputs of the authors' code."""
+    hf = tiny.write_release(tmp_path / "hf", original(), read_config(ORIGINAL))
+    import_hf(hf, ORIGINAL / "vision_tower", [llava.FAMILY], tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", llava.FAMILY, tmp_path / "native", "hf")
+    model, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "native", output_loading_info=True)
+    assert not report["missing_keys"]
+    case = np.load(ORIGINAL.parent / "cases" / "one_image.npz")
+    with torch.no_grad():
+        features = model.model.get_image_features(torch.from_numpy(case["pixel_values"])).pooler_output
+        logits = model(inputs_embeds=torch.from_numpy(case["expanded_embeds"])).logits
+    torch.testing.assert_close(torch.stack(list(features)), torch.from_numpy(case["visual_tokens"]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, torch.from_numpy(case["logits"]), atol=2e-5, rtol=0)
+
+
+def plain_parts(tmp_path, dtype=torch.bfloat16, **vision):
+    """Directories of a plain Llama in .bin shards and a whole CLIPModel, cut out of the golden model."""
+    whole = load_file(ORIGINAL / "model.safetensors")
+    own = {k: v for k, v in whole.items() if not k.startswith(("model.vision", "model.mm_proj", "vm_head."))}
+    llm = {name: tensor.to(dtype) for name, tensor in own.items()}
+    config = {k: v for k, v in read_config(ORIGINAL).items() if not k.startswith(("mm_", "image_"))}
+    names = sorted(llm)
+    shards = [{name: llm[name] for name in names[k::2]} for k in range(2)]
+    llm_dir = tiny.write_bin(tmp_path / "llm", shards, config | {"model_type": "llama"})
+    (llm_dir / "tokenizer.json").write_text("llm")
+    tower = load_file(ORIGINAL / "vision_tower" / "model.safetensors")
+    tower |= {"logit_scale": torch.zeros(()), "text_model.embeddings.token_embedding.weight": torch.zeros(3, 3)}
+    tower_config = {"model_type": "clip", "vision_config": {**read_config(ORIGINAL / "vision_tower"), **vision}}
+    tower_dir = tiny.write_release(tmp_path / "tower", tower, tower_config)
+    (tower_dir / "tokenizer.json").write_text("tower")
+    (tower_dir / "preprocessor_config.json").write_text("tower")
+    return llm_dir, tower_dir, llm, tower
+
+
+def test_a_start_is_copied_and_drawn_whatever_the_layout(tmp_path):
+    llm_dir, tower_dir, llm, tower = plain_parts(tmp_path)
+    start = open_start(llm_dir, tower_dir, llava.FAMILY, seed=7)
+    convert.write_checkpoint(start, tmp_path / "start", llm_dir, tower_dir)
+    counts = {key: len(names) for key, names in start.origins().items()}
+    assert counts == {("vision", "copied", str(tower_dir)): 41, ("projector", "drawn", ""): 4,
+                      ("llm", "copied", str(llm_dir)): 21}  # fmt: skip
+    stored = StoredTensors(tmp_path / "start")
+    assert stored.infos.keys() == {entry.name for entry in start.table.entries()}
+    drawn = stored.read("projector.linear_1.weight")
+    assert torch.equal(drawn, draw("projector.linear_1.weight", (64, 32), 7).bfloat16()) and drawn.std() > 0.01
+    assert not stored.read("projector.linear_1.bias").any()
+    export_hf(tmp_path / "start", llava.FAMILY, tmp_path / "back", "original")
+    back = loaded(tmp_path / "back")
+    assert_same({name: back[name] for name in llm}, llm)
+    prefix = "model.vision_tower.vision_tower."
+    assert_same({k.removeprefix(prefix): v for k, v in back.items() if "vision_tower" in k},
+                {k: v for k, v in tower.items() if k.startswith("vision_model.")})  # fmt: skip
+    files = {path.name: path.read_text() for path in (tmp_path / "start" / convert.HF_FILES).iterdir()}
+    assert files == {"tokenizer.json": "llm", "preprocessor_config.json": "tower"}
+
+
+@pytest.mark.parametrize(
+    "filename, wrapping", [("mm_projector.bin", ""), ("non_lora_trainables.bin", "base_model.model.")]
+)
+def test_a_start_takes_a_trained_projector(tmp_path, filename, wrapping):
+    llm_dir, tower_dir, _, _ = plain_parts(tmp_path)
+    projector = {k: v for k, v in load_file(ORIGINAL / "model.safetensors").items() if "mm_projector" in k}
+    (tmp_path / "own").mkdir()
+    torch.save({wrapping + name: tensor for name, tensor in projector.items()}, tmp_path / "own" / filename)
+    start = open_start(llm_dir, tower_dir, llava.FAMILY, seed=0, hf_dir=tmp_path / "own")
+    assert not start.drawn and start.info.dialect == "original"
+    assert torch.equal(start.load("projector.linear_2.weight"), projector["model.mm_projector.2.weight"])
+    assert ("projector", "copied", str(tmp_path / "own")) in start.origins()
+    (tmp_path / "own" / "adapter_model.safetensors").write_text("")
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors is a LoRA adapter"):
+        open_start(llm_dir, tower_dir, llava.FAMILY, seed=0, hf_dir=tmp_path / "own")
+
+
+def test_a_start_that_would_draw_or_drop_what_it_should_not_is_refused(tmp_path):
+    llm_dir, tower_dir, llm, _ = plain_parts(tmp_path)
+    (tmp_path / "half").mkdir()
+    torch.save({"model.mm_projector.0.weight": torch.zeros(64, 32)}, tmp_path / "half" / "mm_projector.bin")
+    with pytest.raises(CheckpointError, match="missing: model.mm_projector.0.bias"):
+        open_start(llm_dir, tower_dir, llava.FAMILY, seed=0, hf_dir=tmp_path / "half")
+    shard = llm_dir / "pytorch_model-1-of-2.bin"
+    content = torch.load(shard)
+    torch.save(content | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, shard)
+    with pytest.raises(CheckpointError, match="holds model.layers.0.self_attn.q_proj.bias .1 such"):
+        open_start(llm_dir, tower_dir, llava.FAMILY, seed=0)
+    torch.save(dict(list(content.items())[1:]), shard)
+    with pytest.raises(CheckpointError, match="missing: language_model.lm_head.weight"):
+        open_start(llm_dir, tower_dir, llava.FAMILY, seed=0)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    groups=st.integers(1, 3),
+    queries=st.integers(1, 3),
+    vocab=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    num_shards=st.integers(1, 3),
+    is_bin=st.booleans(),
+    dialect=st.sampled_from(["plain", "nested"]),
+)
+def test_from_any_files_to_a_checkpoint_and_back_is_the_identity(
+    groups, queries, vocab, dtype, num_shards, is_bin, dialect
+):
+    config = {"model_type": "tiny", "width": 4 * groups * queries, "vocab": vocab, "groups": groups, "queries": queries}
+    release = tiny.tensors(config, dtype)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory)
+        if is_bin:
+            names = sorted(release)
+            hf = tiny.write_bin(path / "hf", [{n: release[n] for n in names[k::num_shards]} for k in range(num_shards)],
+                                config)  # fmt: skip
+        else:
+            hf = tiny.write_release(path / "hf", release, config, 1000 // num_shards)
+        import_hf(hf, None, [tiny.FAMILY], path / "first")
+        export_hf(path / "first", tiny.FAMILY, path / "spelt", dialect)
+        import_hf(path / "spelt", None, [tiny.FAMILY], path / "second")
+        export_hf(path / "second", tiny.FAMILY, path / "back", "plain")
+        assert_same(loaded(path / "back"), release)
 
 
 def test_stored_tensors_are_global_padded_and_in_source_dtype(tmp_path):
@@ -93,7 +289,7 @@ def test_a_tower_fills_only_what_the_release_lacks(tmp_path):
     )
     tower = {name.removeprefix("vision_tower."): tensor for name, tensor in whole.items() if "vision_tower" in name}
     tower |= {"vision_model.pre_layrnorm.bias": torch.full((32,), 9.0), "text_model.x": torch.zeros(1)}
-    tiny.write_release(tmp_path / "tower", tower)
+    tiny.write_release(tmp_path / "tower", tower, {"model_type": "clip", **read_config(GOLDEN)})
     with pytest.raises(CheckpointError, match="--tower"):
         import_hf(hf, None, [llava.FAMILY], tmp_path / "checkpoint")
     import_hf(hf, tmp_path / "tower", [llava.FAMILY], tmp_path / "checkpoint")
@@ -153,6 +349,10 @@ def spoil_shape(hf, release):
     save_file(release | {"embed.weight": torch.zeros(29, 16)}, hf / "model.safetensors")
 
 
+def spoil_lone_shape(hf, release):
+    save_file(release | {"norm": torch.zeros(15)}, hf / "model.safetensors")
+
+
 def spoil_dtype(hf, release):
     save_file(release | {"layers.1.up": release["layers.1.up"].half()}, hf / "model.safetensors")
 
@@ -167,7 +367,8 @@ def spoil_config(hf, release):
         (spoil_truncated, "model.safetensors is no whole"),
         (spoil_missing, "missing: norm"),
         (spoil_extra, "not in its table: stranger"),
-        (spoil_shape, r"embed.weight \(29, 16\)"),
+        (spoil_shape, r"embed.weight is \(29, 16\), not \(30, 16\)"),
+        (spoil_lone_shape, r"norm is \(15,\), not \(16,\)"),
         (spoil_dtype, "layers.1.up torch.float16"),
         (spoil_config, "config.json is missing"),
     ],
@@ -192,6 +393,22 @@ def spoil_bytes(checkpoint):
 
 def spoil_metadata(checkpoint):
     (checkpoint / ".metadata").write_bytes(b"")
+
+
+class Payload:
+    """Runs a command where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def spoil_metadata_with_code(checkpoint):
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Payload()))
+
+
+def spoil_shape_of_stored(checkpoint):
+    path = checkpoint / "megamm.json"
+    path.write_text(path.read_text().replace('"width": 16', '"width": 32'))
 
 
 def spoil_info(checkpoint):
@@ -222,6 +439,8 @@ def spoil_absent(checkpoint):
         (spoil_file, r"distcp.*not whole"),
         (spoil_bytes, r"distcp.*not whole"),
         (spoil_metadata, ".metadata cannot be read"),
+        (spoil_metadata_with_code, r".metadata cannot be read \(it holds (posix|nt).system"),
+        (spoil_shape_of_stored, r"llm.embed.weight is \(32, 16\), and its megamm.json makes it \(32, 32\)"),
         (spoil_info, "neither a megamm checkpoint"),
         (spoil_version, "format 99"),
         (spoil_names, "llm.stranger"),
@@ -236,6 +455,7 @@ def test_a_spoilt_checkpoint_is_refused_and_leaves_nothing(tmp_path, spoil, mess
     with pytest.raises(CheckpointError, match=message):
         export_hf(tmp_path / "checkpoint", tiny.FAMILY, tmp_path / "out" / "back")
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+    assert not Path("ran").exists()
 
 
 def test_state_beside_the_model_is_no_part_of_an_export(tmp_path):
@@ -293,11 +513,18 @@ print(extra_bytes(export_hf, out / "big", tiny.FAMILY, out / "big_hf"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
-def test_conversion_holds_at_most_twice_the_largest_tensor(tmp_path):
+@pytest.mark.parametrize("is_bin", [False, True], ids=["safetensors", "bin"])
+def test_conversion_holds_at_most_twice_the_largest_tensor(tmp_path, is_bin):
     # The largest of ours is `fc1`: [4 w, w] float32, 10 MB of 60 MB.
     config = tiny.CONFIG | {"width": 800, "vocab": 3000}
-    small = tiny.write_release(tmp_path / "small", tiny.tensors())
-    big = tiny.write_release(tmp_path / "big", tiny.tensors(config), config, max_shard_bytes=25_000_000)
+    if is_bin:
+        small = tiny.write_bin(tmp_path / "small", [tiny.tensors()])
+        release = tiny.tensors(config)
+        shards = [{name: release[name] for name in sorted(release)[k::3]} for k in range(3)]
+        big = tiny.write_bin(tmp_path / "big", shards, config)
+    else:
+        small = tiny.write_release(tmp_path / "small", tiny.tensors())
+        big = tiny.write_release(tmp_path / "big", tiny.tensors(config), config, max_shard_bytes=25_000_000)
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, small, big, tmp_path / "out"],
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],

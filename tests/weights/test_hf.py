@@ -1,6 +1,8 @@
 """Hugging Face directories: what is written is what is read, and what is broken is refused by name."""
 
 import json
+import os
+import pickle
 import struct
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megamm.errors import CheckpointError
 from megamm.weights.hf import DTYPES, HfSource, HfWriter, TensorInfo, new_directory, read_config
+from tests.weights import tiny
 
 
 def tensors_of_every_dtype():
@@ -136,6 +139,107 @@ def test_files_that_contradict_their_index_are_refused(tmp_path, weight_map, fil
     sharded(tmp_path, weight_map, **files)
     with pytest.raises(CheckpointError, match=message):
         HfSource(tmp_path)
+
+
+@pytest.mark.parametrize("num_shards, index", [(1, False), (1, True), (3, False), (3, True)])
+def test_pytorch_files_are_read_whole_and_sharded(tmp_path, num_shards, index):
+    tensors = tensors_of_every_dtype() | {"parameter": torch.nn.Parameter(torch.ones(2))}
+    names = sorted(tensors)
+    shards = [{name: tensors[name] for name in names[k::num_shards]} for k in range(num_shards)]
+    directory = tiny.write_bin(tmp_path / "hf", shards, index=index)
+    if num_shards == 1 and index:
+        with pytest.raises(CheckpointError, match="holds both pytorch_model.bin and pytorch_model.bin.index.json"):
+            HfSource(directory)
+        return
+    source = HfSource(directory)
+    assert source.infos.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        read = source.read(name)
+        assert same_bits(read, tensor) and not read.requires_grad
+        assert source.infos[name] == TensorInfo.of(tensor)
+
+
+def test_what_llavas_trainer_writes_alone_is_read_under_its_plain_names(tmp_path):
+    torch.save({"model.mm_projector.0.weight": torch.ones(2)}, tmp_path / "mm_projector.bin")
+    tuned = {"base_model.model.model.mm_projector.2.weight": torch.ones(3),
+             "base_model.model.lm_head.weight": torch.ones(4),
+             "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight": torch.ones(5)}  # fmt: skip
+    torch.save(tuned, tmp_path / "non_lora_trainables.bin")
+    source = HfSource(tmp_path)
+    assert {name: source.read(name).numel() for name in source.infos} == {
+        "model.mm_projector.0.weight": 2, "model.mm_projector.2.weight": 3, "lm_head.weight": 4,
+        "model.layers.0.self_attn.q_proj.weight": 5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("second", ["mm_projector.bin", "model.safetensors", "pytorch_model.bin"])
+def test_one_name_in_two_files_is_refused(tmp_path, second):
+    torch.save({"base_model.model.model.a": torch.ones(2)}, tmp_path / "non_lora_trainables.bin")
+    save = save_file if second.endswith(".safetensors") else torch.save
+    save({"model.a": torch.ones(2)}, tmp_path / second)
+    with pytest.raises(CheckpointError, match=rf"model.a is both in (?=.*{second}).*non_lora_trainables.bin"):
+        HfSource(tmp_path)
+
+
+class Payload:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_a_hostile_payload_is_refused_and_never_runs(tmp_path, is_archive):
+    trace, path = tmp_path / "ran", tmp_path / "pytorch_model.bin"
+    content = {"a": torch.ones(2), "b": Payload(trace)}
+    if is_archive:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is (refused: it holds more than tensors|no whole)"):
+        HfSource(tmp_path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False) if is_archive else pickle.loads(path.read_bytes())  # noqa: S301
+    assert trace.exists(), "the payload is none, and the test proves nothing"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([torch.ones(1)], "holds a list"),
+        ({"state_dict": {"a": torch.ones(1)}}, "'state_dict', a dict, where only tensors belong"),
+        ({"a": 3.0}, "'a', a float"),
+        ({3: torch.ones(1)}, "holds 3"),
+        ({"a": torch.ones(1).to_sparse()}, "a is torch.sparse_coo"),
+        ({"a": torch.ones(1, dtype=torch.complex64)}, "of torch.complex64"),
+        ({"a": torch.ones(1).expand(1000, 1000)}, r"a \(1000, 1000\) is larger than the data"),
+    ],
+    ids=["list", "nested", "number", "key", "sparse", "complex", "expanded"],
+)
+def test_a_pytorch_file_that_holds_anything_but_tensors_by_name_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=f"pytorch_model.bin.*{message}"):
+        HfSource(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "legacy"])
+def test_a_broken_pytorch_file_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(100)}, path, _use_new_zipfile_serialization=damage != "legacy")
+    content = {"empty": b"", "garbage": b"garbage" * 100, "truncated": path.read_bytes()[:-50]}
+    path.write_bytes(content.get(damage, path.read_bytes()))
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is no whole PyTorch file"):
+        HfSource(tmp_path)
+
+
+def test_a_missing_shard_is_seen_without_an_index(tmp_path):
+    directory = tiny.write_bin(tmp_path / "hf", [{"a": torch.ones(1)}, {"b": torch.ones(1)}, {"c": torch.ones(1)}])
+    (directory / "pytorch_model-2-of-3.bin").unlink()
+    with pytest.raises(CheckpointError, match="holds 2 shards like pytorch_model-1-of-3.bin"):
+        HfSource(directory)
 
 
 def test_a_directory_without_or_with_two_sets_of_weights_is_refused(tmp_path):

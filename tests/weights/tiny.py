@@ -17,17 +17,20 @@ LAYERS = 3
 def table(config: dict) -> KeyMap:
     """Rows of every packing and cut; one more layer is stored than computed with."""
     width, padded = config["width"], -(-config["vocab"] // 32) * 32
+    key_width = width // config.get("queries", 2)
     qkv = tuple(f"layers.{{i}}.{x}" for x in "qkv")
     rows = [
         Row("llm.embed.weight", ("embed.weight",), (padded, width), tp="vocab"),
-        Row("llm.layers.{i}.qkv.weight", qkv, (2 * width, width), pack="qkv", tp="col"),
+        Row("llm.layers.{i}.qkv.weight", qkv, (width + 2 * key_width, width), pack="qkv", tp="col"),
         Row("llm.layers.{i}.fc1.weight", ("layers.{i}.gate", "layers.{i}.up"), (4 * width, width), "cat2", "col2"),
         Row("llm.layers.{i}.fc2.weight", ("layers.{i}.down",), (width, 2 * width), tp="row"),
         Row("llm.norm.weight", ("norm",), (width,)),
         Keep("layers.{i}.down"),
         Keep("layers.{i}.inv_freq"),
     ]
-    dims = Dims(layers=LAYERS, heads=4, groups=2, vocab=config["vocab"], vocab_padded=padded)
+    groups = config.get("groups", 2)
+    heads = groups * config.get("queries", 2)
+    dims = Dims(layers=LAYERS, heads=heads, groups=groups, vocab=config["vocab"], vocab_padded=padded)
     return KeyMap(rows, dims)
 
 
@@ -56,13 +59,28 @@ def tensors(config: dict = CONFIG, dtype: torch.dtype = torch.float32, seed: int
     """Every tensor of a release in dialect `plain`, kept ones included."""
     width, generator = config["width"], torch.Generator().manual_seed(seed)
     shapes = {"embed.weight": (config["vocab"], width), "norm": (width,)}
+    key_width = width // config.get("queries", 2)
     for i in range(LAYERS):
-        shapes |= {f"layers.{i}.q": (width, width), f"layers.{i}.k": (width // 2, width)}
-        shapes |= {f"layers.{i}.v": (width // 2, width), f"layers.{i}.down": (width, 2 * width)}
+        shapes |= {f"layers.{i}.q": (width, width), f"layers.{i}.k": (key_width, width)}
+        shapes |= {f"layers.{i}.v": (key_width, width), f"layers.{i}.down": (width, 2 * width)}
         shapes |= {f"layers.{i}.gate": (2 * width, width), f"layers.{i}.up": (2 * width, width)}
     shapes |= {f"layers.{LAYERS}.down": (width, 2 * width)}
     drawn = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     return drawn | {"layers.0.inv_freq": torch.arange(4, dtype=torch.float32)}
+
+
+def write_bin(directory: Path, shards: list[dict[str, Tensor]], config: dict = CONFIG, index: bool = False) -> Path:
+    """Write a Hugging Face directory of PyTorch files: one, or shards with or without an index."""
+    directory.mkdir()
+    names = [f"pytorch_model-{number}-of-{len(shards)}.bin" for number in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["pytorch_model.bin"]
+    for name, shard in zip(names, shards, strict=True):
+        torch.save(shard, directory / name)
+    if index:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        write_json(directory / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(directory / "config.json", config)
+    return directory
 
 
 def write_release(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megamm import registry
 from megamm.errors import ConfigError, MegammError
@@ -52,7 +52,7 @@ def hf_to_megatron(
 
 def origins(start: HfCheckpoint) -> Table:
     """Where the tensors came from, by part."""
-    table = Table("part", "tensors", "parameters", "how", "from")
+    table = Table("part", "tensors", "parameters", "how", Column("from", overflow="fold"))
     for (part, how, directory), names in start.origins().items():
         parameters = sum(start.table[name].num_elements for name in names)
         table.add_row(part, str(len(names)), f"{parameters:,}", how, directory)
