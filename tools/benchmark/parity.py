@@ -14,6 +14,7 @@ from rich.table import Table
 
 from megamm.errors import MegammError
 from megamm.parallel.launch import RankPool
+from megamm.registry import FAMILIES
 from megamm.verify import Request, compare, verify
 
 MAX_RANKS = 8
@@ -55,7 +56,8 @@ def main() -> int:
     arguments = tyro.cli(Arguments)
     rows = []
     with RankPool(MAX_RANKS) as pool:
-        for norms_path in sorted(arguments.golden.glob("*/*/grad_norms.json")):
+        found = (path for name in FAMILIES for path in sorted(arguments.golden.glob(f"{name}/*/grad_norms.json")))
+        for norms_path in found:
             variant = norms_path.parent
             norms = json.loads(norms_path.read_text())
             cases = sorted((variant / "cases").glob("*.npz"))
