@@ -61,6 +61,27 @@ def test_every_case_at_every_layout(layout, golden, pool8):
     check(golden, pool8, layout)
 
 
+@pytest.mark.parametrize("layout", [dict(), dict(tp=2, pp=2, sequence_parallel=True)], ids=name)
+def test_the_original_spelling_equals_its_authors_code(layout, golden, pool, tmp_path):
+    """A VW-LMM is a LLaVA in the original spelling but for a head of its own and the loss that comes with it."""
+    release = golden / "vw_lmm/llama"
+    tensors = load_file(release / "hf/model.safetensors")
+    del tensors["vm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(release / "hf/config.json", tmp_path)
+    cases = []
+    for case in CASES:
+        arrays = dict(np.load(release / f"cases/{case}.npz"))
+        arrays = {key: value for key, value in arrays.items() if not key.startswith("grad:")}
+        cases.append(tmp_path / f"{case}.npz")
+        np.savez(cases[-1], **arrays | {"loss": arrays["loss_lm"]})
+    request = Request(hf=str(tmp_path), tower=str(release / "hf/vision_tower"), **layout)
+    for case, found in verify(request, cases, pool):
+        report = compare(case, found, None)
+        assert report.ok, report.line()
+        assert {"logits", "loss", "layer_outputs"} <= report.differences.keys()
+
+
 @pytest.fixture
 def perturbed(golden, tmp_path):
     """The golden checkpoint with one number of one tensor changed."""

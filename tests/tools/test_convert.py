@@ -68,7 +68,7 @@ def test_a_start_says_what_was_copied_and_drawn(tmp_path):
     assert run("show.py", tmp_path / "start").returncode == 0
 
 
-def test_a_tower_of_its_own_repository_is_taken_in(tmp_path):
+def test_a_tower_of_its_own_repository_is_taken_in(tmp_path, monkeypatch):
     whole = load_file(GOLDEN / "model.safetensors")
     for name in ("hf", "tower"):
         (tmp_path / name).mkdir()
@@ -78,7 +78,7 @@ def test_a_tower_of_its_own_repository_is_taken_in(tmp_path):
     rest = {name: tensor for name, tensor in whole.items() if "vision_tower" not in name}
     save_file(rest, tmp_path / "hf" / "model.safetensors")
     arguments = ("--hf", tmp_path / "hf", "--family", "llava", "--output", tmp_path / "checkpoint")
-    assert "--tower" in run("hf_to_megatron.py", *arguments).stderr
+    assert "--tower" in refused(monkeypatch, tmp_path, "hf_to_megatron.py", *arguments)
     done = run("hf_to_megatron.py", *arguments, "--tower", tmp_path / "tower")
     assert done.returncode == 0, done.stderr
 
@@ -111,17 +111,20 @@ def write_parts(directory):
     return written
 
 
-def test_a_mistake_is_one_clear_message(tmp_path):
+def test_a_mistake_is_one_clear_message_and_a_status(tmp_path):
+    done = run("hf_to_megatron.py", "--hf", GOLDEN, "--family", "lava", "--output", tmp_path / "output")
+    assert done.returncode == 1 and "llava" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_checkpoint_that_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     import_hf(tiny.write_release(tmp_path / "tiny", tiny.tensors()), None, [tiny.FAMILY], tmp_path / "other")
     output = ("--output", tmp_path / "output")
     for script, arguments, message in [
-        ("hf_to_megatron.py", ("--hf", GOLDEN, "--family", "lava", *output), "llava"),
-        ("megatron_to_hf.py", ("--checkpoint", tmp_path / "other", *output), "tiny"),
+        ("megatron_to_hf.py", ("--checkpoint", tmp_path / "other", *output), "model.family 'tiny' is unknown"),
         ("show.py", (tmp_path,), "neither a megamm checkpoint"),
     ]:
-        done = run(script, *arguments)
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
-        assert not (tmp_path / "output").exists()
+        assert message in refused(monkeypatch, tmp_path, script, *arguments)
 
 
 def refused(monkeypatch, directory, script, *arguments):
