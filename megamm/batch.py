@@ -4,7 +4,9 @@ Shape legend, used in every tensor name of megamm: S sequence, B micro-batch, H 
 D head width, V vocabulary, I images, P patches (visual tokens) per image, Q queries, K placed visual tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -50,3 +52,13 @@ class Batch:
     """Real images, blank ones not counted."""
     num_tokens: int
     """Tokens that are not padding, visual tokens included."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with `function` applied to every tensor."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: function(x) for name, x in values.items() if isinstance(x, Tensor)}
+        return Batch(**values)
+
+    def pin_memory(self) -> "Batch":
+        """The batch in pinned memory; torch's DataLoader calls this."""
+        return self.map(lambda x: x.pin_memory())

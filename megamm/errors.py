@@ -10,7 +10,8 @@ class ConfigError(MegammError):
 
     def __init__(self, problems: list[str]):
         self.problems = list(problems)
-        super().__init__("\n".join(f"- {problem}" for problem in self.problems))
+        lines = [f"{len(problems)} problems", *(f"- {problem}" for problem in problems)]
+        super().__init__(problems[0] if len(problems) == 1 else "\n".join(lines))
 
 
 class DataError(MegammError):

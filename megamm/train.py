@@ -4,44 +4,58 @@ Recipe and overrides -> checks -> backend -> groups -> loop. No training logic h
 """
 
 import sys
+import time
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from megamm import backend
-from megamm.config.check import check
 from megamm.config.load import parse
 from megamm.config.schema import Config
 from megamm.errors import MegammError
 from megamm.parallel import groups
 from megamm.parallel.placement import step_flops
 from megamm.training.loop import run
-from megamm.training.setup import Plan, must_start_from_weights, plan
+from megamm.training.setup import Plan, plan
+
+PATIENCE_S = 10.0
+"""How much later than another rank the first one may be to find the same error."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train, or print the dry run; the exit status. A MegammError is printed once, by rank 0, without a traceback."""
+    """Train, or print the dry run; the exit status. A MegammError is printed once, without a traceback."""
     try:
         config, options = parse(argv)
         world_size = groups.world_size()
         if options.dry_run:
             world_size = max(world_size, config.parallel.tp * config.parallel.pp)
-            check(config, world_size)
-            show(config, plan(config, world_size, needs_data=False), world_size)
+            show(config, plan(config, world_size, needs_files=False), world_size)
             return 0
-        check(config, world_size)
-        backend.start(config.train.backend, groups.local_rank()).check_precision(config.train.precision)
         found = plan(config, world_size)
-        must_start_from_weights(config, found)
+        backend.start(config.train.backend, groups.local_rank()).check_precision(config.train.precision)
         groups.start_distributed()
-        run(config, found, groups.start(config.parallel, config.train.seed))
+        run(config, found, groups.start(config.parallel, found.layout, config.train.seed))
         groups.stop()
-    except MegammError as error:
-        if groups.is_first():
-            print(f"error: {error}", file=sys.stderr)
+    except (MegammError, OSError) as error:  # OSError: a full disk, say; it names the file
+        _let_first_speak()
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except SystemExit as stop:  # a wrong option; rank 0 has printed it, or is about to
+        if stop.code:
+            _let_first_speak()
+        raise
     return 0
+
+
+def _let_first_speak() -> None:
+    """Wait, on other ranks than the first, to be stopped.
+
+    Most errors are found by all ranks alike. torchrun stops every rank when one has ended, so that a faster one would
+    silence rank 0 before it has said what is wrong. Who is still there afterwards has an error of its own to tell.
+    """
+    if not groups.is_first():
+        time.sleep(PATIENCE_S)
 
 
 def show(config: Config, found: Plan, world_size: int) -> None:

@@ -34,11 +34,11 @@ from megamm.parallel import groups
 from megamm.parallel.check import check_sizes
 from megamm.parallel.groups import gather_over_tp
 from megamm.parallel.launch import RankPool
-from megamm.parallel.placement import Layout, auto_layout, parse_layout
+from megamm.parallel.placement import Layout, choose_layout, parse_layout
 from megamm.registry import FAMILIES, family
 from megamm.training.optim import wrap
 from megamm.training.setup import part_sizes
-from megamm.training.step import mean_loss, run_pipeline
+from megamm.training.step import fewest_batches, mean_loss, run_pipeline
 from megamm.weights.convert import open_hf
 
 EQUAL = 0.0
@@ -123,6 +123,11 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
         ids_BT, mask_BT, pixels = arrays["input_ids"], arrays["attention_mask"], arrays["pixel_values"]
         labels_BT, rows = arrays["labels"], arrays["image_row"]
         is_dummy = arrays["image_is_dummy"].astype(bool)
+        needed = {"loss"}
+        needed |= {"greedy_tokens"} if "greedy_prompt" in arrays else set()
+        needed |= {"expanded_attention_mask"} if {"logits", "layer_outputs"} & arrays.keys() else set()
+        if missing := sorted(needed - arrays.keys()):
+            raise KeyError(", ".join(missing))
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise DataError(
             f"--case {path}: not a verification case ({error}); megamm/verify.py says what one holds"
@@ -165,7 +170,7 @@ def verify(request: Request, cases: Sequence[str | Path], pool: RankPool | None 
     options, layout = read_model(request)
     loaded = [load_case(path, options) for path in cases]
     world = request.tp * request.pp * request.dp
-    own = pool or RankPool(world)
+    own = pool or RankPool(world, timeout_s=None)
     try:
         results = own.run(run_cases, request, layout.notation(), loaded, ranks=world)
     finally:
@@ -183,9 +188,7 @@ def read_model(request: Request) -> tuple[VlmOptions, Layout]:
     check_sizes(request.parallel, part_sizes(options), flat)
     if request.sequence_parallel and request.tp == 1:
         raise CheckpointError("--sequence-parallel needs --tp 2 or more")
-    if request.layout == "auto":
-        return options, auto_layout(flat, request.pp)
-    return options, parse_layout(request.layout, flat, request.pp)
+    return options, choose_layout(request.parallel, flat)
 
 
 def _families(request: Request) -> list:
@@ -195,14 +198,14 @@ def _families(request: Request) -> list:
 def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict[str, np.ndarray]]:
     """What this rank knows of each case's outputs; only the first tensor and data parallel rank of a stage reports."""
     backend.start("auto", groups.local_rank())
-    groups.start_distributed()
-    ranks = groups.start(request.parallel)
     checkpoint = open_hf(request.hf, request.tower, _families(request))
     options = checkpoint.options
     flat = units(options, num_tokens=1024, num_images=1, seq_length=1024)
     build = Build(
         tp=request.tp, sequence_parallel=request.sequence_parallel, layout=parse_layout(layout, flat, request.pp)
     )
+    groups.start_distributed()
+    ranks = groups.start(request.parallel, build.layout)
     modules = build_stages(options, build, checkpoint.table)
     fill(modules, checkpoint.table, lambda entry: checkpoint.load(entry.name))
     stages = wrap(modules, distributed_optimizer=False)
@@ -213,13 +216,13 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
             stage.zero_grad_buffer()
         batch = _batch(case.samples, options, build)
         with captured(modules, batch, options) as outputs:
-            loss, _ = mean_loss(run_pipeline(stages, [batch]))
-        found = {name: value.float().numpy() for name, value in outputs.items()}
-        for name, parameter in canonical_parameters(modules).items():
+            loss, _ = mean_loss(run_pipeline(stages, [batch] * fewest_batches(stages)))
+        found = {name: value.float().cpu().numpy() for name, value in outputs.items()}
+        for name, parameter in canonical_parameters(modules):
             entry = checkpoint.table[name]
             whole = join(entry, getattr(parameter, "main_grad"))  # noqa: B009 - DDP's, unknown to torch's types
             for key, grad in zip(entry.hf, entry.unpack(whole), strict=True):
-                found[f"grad:{key}"] = grad.float().numpy().copy()
+                found[f"grad:{key}"] = grad.float().cpu().numpy().copy()
         if case.prompt is not None:
             wanted = len(case.expected["greedy_tokens"])
             tokens = greedy(
@@ -322,7 +325,7 @@ def compare(
             difference = _difference(key, found, case.expected) / scale
             report.differences[key] = difference
             report.ok = report.ok and difference <= GRAD_LIMIT
-    if grad_norms is not None:
+    if grad_norms:
         report.gradient, report.worst_gradient = max(
             (_norm_difference(found.get(f"grad:{key}"), expected), key) for key, expected in grad_norms.items()
         )

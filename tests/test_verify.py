@@ -20,6 +20,8 @@ FAST = [
     dict(pp=4, layout="Vvvv|PE|tt|tL"),
     dict(tp=4, sequence_parallel=True),
     dict(dp=2),
+    dict(pp=2, layout="Vv|vvPE|t|ttL"),
+    dict(tp=2, pp=2, layout="V|v|v|vP|Ett|tL", sequence_parallel=True),
 ]
 GRID = [
     dict(tp=tp, pp=pp, sequence_parallel=sp, layout=layout)
@@ -59,6 +61,17 @@ def test_every_case_equals_the_authors_code(layout, golden, pool):
 @pytest.mark.parametrize("layout", GRID, ids=name)
 def test_every_case_at_every_layout(layout, golden, pool8):
     check(golden, pool8, layout)
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(tp=2, pp=2, layout="Vv|vvPE|t|ttL", sequence_parallel=True)], ids=name)
+def test_a_text_only_batch_leaves_exact_zeros_in_tower_and_projector(layout, golden, pool):
+    request = Request(hf=str(golden / VARIANT / "hf"), **layout)
+    [(_, found)] = verify(request, [golden / VARIANT / "cases/text_only.npz"], pool)
+    grads = {key.removeprefix("grad:"): grad for key, grad in found.items() if key.startswith("grad:")}
+    unused = [key for key in grads if key.startswith(("vision_tower", "multi_modal_projector"))]
+    assert len(unused) == 3 * 16 + 5 + 4
+    assert all(not grads[key].any() for key in unused)
+    assert all(grads[key].any() for key in grads.keys() - set(unused))
 
 
 @pytest.mark.parametrize("layout", [dict(), dict(tp=2, pp=2, sequence_parallel=True)], ids=name)

@@ -24,4 +24,4 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=python3
 [[ -x .venv/bin/python ]] && python=.venv/bin/python
-exec "$python" -m torch.distributed.run --nproc-per-node "$processes" "${rendezvous[@]}" -m megamm.train "$@"
+exec "$python" examples/launch/torchrun.py --nproc-per-node "$processes" "${rendezvous[@]}" -m megamm.train "$@"

@@ -16,7 +16,7 @@ def config() -> Config:
             pretrained="weights/llava15-pretrained",
             config=str(Path(__file__).with_name("config-7b.json")),
         ),
-        data=Data(path="data/llava-sft665k", max_tokens=2048, aspect="pad"),
+        data=Data(path="data/llava-sft665k", max_tokens=2048, aspect="pad", group_by_modality_length=True),
         parallel=Parallel(tp=4, pp=2, sequence_parallel=True),
         optim=Optim(lr=2e-5, schedule="cosine", warmup=0.03, weight_decay=0.0),
         train=Train(epochs=1, global_batch=128, micro_batch=4, freeze=("vision",), recompute="full"),

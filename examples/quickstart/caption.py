@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -27,32 +26,43 @@ def captions(model_dir: Path, image_paths: list[Path], question: str, batch_size
     return said
 
 
-def caption_heldout(model_dir: Path, data: Path, output: Path, batch_size: int) -> None:
-    """Write one JSON entry per picture of DATA/heldout.json, and print how many captions are wholly right."""
+def results(samples: list[dict], said: list[str], image_dir: Path) -> list[dict]:
+    """One entry per held-out picture: what it shows, what was said, and whether these are the same to the letter."""
+    entries = []
+    for sample, text in zip(samples, said, strict=True):
+        expected = sample["conversations"][1]["value"]
+        image = str(image_dir / sample["image"])
+        entries.append(
+            {"image": image, "expected": expected, "said": text, "right": text == expected, "unseen": sample["unseen"]}
+        )
+    return entries
+
+
+def summary(entries: list[dict]) -> str:
+    """The shares of wholly right captions, a line each."""
+    groups = {
+        "all": entries,
+        "things trained on": [entry for entry in entries if not entry["unseen"]],
+        "things never trained on": [entry for entry in entries if entry["unseen"]],
+    }
+    right = {name: sum(entry["right"] for entry in group) for name, group in groups.items()}
+    return "\n".join(
+        f"wholly right, {name}: {right[name]} of {len(group)} ({right[name] / len(group):.1%})"
+        for name, group in groups.items()
+    )
+
+
+def main(model_dir: Path, data: Path, output: Path, batch_size: int) -> None:
+    """Caption all of DATA/heldout.json, write the results as JSON and print the summary."""
     samples = json.loads((data / "heldout.json").read_text())
+    image_dir = data / "images"
     question = samples[0]["conversations"][0]["value"].removeprefix("<image>\n")
-    images = [data / "images" / sample["image"] for sample in samples]
-    started = time.perf_counter()
-    said = captions(model_dir, images, question, batch_size)
-    results = [
-        {
-            "image": str(image),
-            "expected": sample["conversations"][1]["value"],
-            "said": text,
-            "right": text == sample["conversations"][1]["value"],
-            "unseen": sample["unseen"],
-        }
-        for sample, image, text in zip(samples, images, said, strict=True)
-    ]
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"captioned {len(results)} held-out pictures in {time.perf_counter() - started:.0f} s, loading included")
-    for name, group in (
-        ("all", results),
-        ("things trained on", [result for result in results if not result["unseen"]]),
-        ("things never trained on", [result for result in results if result["unseen"]]),
-    ):
-        right = sum(result["right"] for result in group)
-        print(f"wholly right, {name}: {right} of {len(group)} ({right / len(group):.1%})")
+    said = captions(model_dir, [image_dir / sample["image"] for sample in samples], question, batch_size)
+    entries = results(samples, said, image_dir)
+    aside = output.with_suffix(".partial")
+    aside.write_text(json.dumps(entries, indent=1) + "\n")
+    aside.replace(output)
+    print(summary(entries))
 
 
 if __name__ == "__main__":
@@ -62,4 +72,4 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart/captions.json"))
     parser.add_argument("--batch-size", type=int, default=40)
     options = parser.parse_args()
-    caption_heldout(options.model, options.data, options.output, options.batch_size)
+    main(options.model, options.data, options.output, options.batch_size)

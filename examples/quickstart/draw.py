@@ -6,6 +6,7 @@ Writes OUTPUT/train.json and OUTPUT/heldout.json (LLaVA conversations) and OUTPU
 import argparse
 import json
 import random
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -15,11 +16,11 @@ COLOURS = {
     "red": (225, 40, 40),
     "green": (40, 170, 60),
     "blue": (40, 70, 230),
-    "yellow": (240, 215, 40),
+    "orange": (245, 130, 20),
     "purple": (150, 60, 180),
     "black": (20, 20, 20),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 """Row by row, cells of a 3 x 3 grid."""
 
@@ -44,7 +45,7 @@ UNSEEN: set[Thing] = {
 def caption(thing: Thing) -> str:
     """What the picture shows, as the model must say it."""
     colour, shape, place = thing
-    return f"a {colour} {shape} at the {place}"
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape} at the {place}"
 
 
 def picture(thing: Thing, rng: random.Random) -> Image.Image:
@@ -54,28 +55,35 @@ def picture(thing: Thing, rng: random.Random) -> Image.Image:
     image = Image.new("RGB", (SIZE * FINE, SIZE * FINE), tuple(grey + rng.randint(-12, 12) for _ in range(3)))
     row, column = divmod(PLACES.index(place), 3)
     cell = SIZE * FINE / 3
-    x, y = ((index + 0.5 + rng.uniform(-0.1, 0.1)) * cell for index in (column, row))
+    x, y = ((index + 0.5 + rng.uniform(-0.08, 0.08)) * cell for index in (column, row))
     r = rng.uniform(0.3, 0.44) * cell
     fill = tuple(max(0, min(255, value + rng.randint(-15, 15))) for value in COLOURS[colour])
     pen = ImageDraw.Draw(image)
-    if shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    if shape == "ring":
+        pen.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=round(0.45 * r))
     elif shape == "square":
         pen.rectangle((x - r, y - r, x + r, y + r), fill=fill)
     elif shape == "triangle":
         pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=fill)
     else:
-        pen.rectangle((x - r, y - 0.4 * r, x + r, y + 0.4 * r), fill=fill)
-        pen.rectangle((x - 0.4 * r, y - r, x + 0.4 * r, y + r), fill=fill)
+        pen.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill=fill)
+        pen.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill=fill)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
 def draw(output: Path, num_train: int, num_heldout: int, seed: int) -> None:
-    """Draw both sets. A quarter of the held-out pictures shows things of UNSEEN, the others things trained on."""
+    """Draw both sets. A quarter of the held-out pictures shows things of UNSEEN, the others things trained on.
+
+    Raises SystemExit where `output` exists; it appears only when all is drawn.
+    """
+    if output.exists():
+        raise SystemExit(f"error: {output} exists already; remove it or name another --output")
+    aside = output.with_name(output.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "images").mkdir(parents=True)
     rng = random.Random(seed)
     seen, unseen = [thing for thing in THINGS if thing not in UNSEEN], sorted(UNSEEN)
     num_unseen = num_heldout // 4
-    (output / "images").mkdir(parents=True)
     sets = {
         "train": [rng.choice(seen) for _ in range(num_train)],
         "heldout": [rng.choice(unseen) for _ in range(num_unseen)]
@@ -85,7 +93,7 @@ def draw(output: Path, num_train: int, num_heldout: int, seed: int) -> None:
         samples = []
         for i, thing in enumerate(things):
             file = f"{name}-{i:05}.jpg"
-            picture(thing, rng).save(output / "images" / file, quality=95)
+            picture(thing, rng).save(aside / "images" / file, quality=95)
             samples.append(
                 {
                     "id": f"{name}-{i:05}",
@@ -97,8 +105,9 @@ def draw(output: Path, num_train: int, num_heldout: int, seed: int) -> None:
                     ],
                 }
             )
-        (output / f"{name}.json").write_text(json.dumps(samples, indent=1) + "\n")
-    print(f"{output}: {num_train} pictures to train on and {num_heldout} held out, {num_unseen} of these of unseen things")
+        (aside / f"{name}.json").write_text(json.dumps(samples, indent=1) + "\n")
+    aside.rename(output)
+    print(f"{output}: {num_train} pictures to train on, {num_heldout} held out, {num_unseen} of these of unseen things")
 
 
 if __name__ == "__main__":

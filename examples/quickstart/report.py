@@ -26,12 +26,12 @@ def report(log: Path, captions: Path, output: Path) -> None:
     """Write a PNG. `log` has one JSON object per step with `step` and `loss`; `captions` is caption.py's output."""
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     results = json.loads(captions.read_text())
-    figure = plt.figure(figsize=(12, 8.4), layout="constrained")
+    figure = plt.figure(figsize=(12, 9.6), layout="constrained")
     grid = figure.add_gridspec(ROWS + 1, COLUMNS, height_ratios=[1.25] + [1] * ROWS)
 
     curve = figure.add_subplot(grid[0, :])
     curve.plot([step["step"] for step in steps], [step["loss"] for step in steps], color="#1f5fa8", linewidth=1)
-    curve.set(title=f"training loss, {len(steps)} steps", xlabel="step", ylabel="cross-entropy per answer token")
+    curve.set(title=f"training loss, {len(steps)} steps", xlabel="step", ylabel="cross-entropy per answer token, nats")
     curve.set_yscale("log")
     curve.grid(alpha=0.3, which="both")
     curve.margins(x=0.01)
@@ -43,10 +43,10 @@ def report(log: Path, captions: Path, output: Path) -> None:
         colour = RIGHT if result["right"] else WRONG
         for spine in panel.spines.values():
             spine.set(color=colour, linewidth=3)
-        mark = "right" if result["right"] else f"wrong: {result['expected']}"
+        mark = "right" if result["right"] else f"wrong, it is\n{result['expected']}"
         note = "never trained on" if result["unseen"] else "trained on"
         panel.set_title(result["said"].replace(" at ", "\nat "), fontsize=11, color=colour)
-        panel.set_xlabel(f"{mark}\n({note})", fontsize=8)
+        panel.set_xlabel(f"{mark}\n({note})\n", fontsize=8)
 
     right = sum(result["right"] for result in results)
     figure.suptitle(f"{right} of {len(results)} held-out pictures captioned wholly right", fontsize=14)

@@ -33,27 +33,33 @@ def commands(run: str, family: str) -> list[str]:
     ]
 
 
-def resolve(command: str, run: Path) -> list[str]:
-    """Words of a command line: programs of this interpreter's environment, STEP the newest checkpoint of the run."""
-    if "STEP" in command:
-        command = command.replace("STEP", max(path.name for path in (run / "train").glob("step_????????")))
-    program, *words = shlex.split(command)
+def newest(command: str, run: Path) -> str:
+    """The command line with STEP replaced by the newest checkpoint of the run."""
+    steps = sorted(path.name for path in (run / "train").glob("step_????????"))
+    return command.replace("STEP", steps[-1]) if steps else command
+
+
+def words(command: str) -> list[str]:
+    """What is started for a command line: its programs are those of this interpreter's environment."""
+    program, *rest = shlex.split(command)
     module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[program]
-    return [sys.executable, *module, *words]
+    return [sys.executable, *module, *rest]
 
 
 def main(family: str) -> int:
     """Run all steps; the exit status of the first that fails, else 0."""
     name = "quickstart" if family == "llava" else f"quickstart-{family}"
     run = ROOT / "runs" / name
-    shutil.rmtree(run, ignore_errors=True)
+    if run.exists():
+        shutil.rmtree(run)
     # One thread per process: torchrun starts four for two cores.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     started = time.perf_counter()
     for command in commands(f"runs/{name}", family):
+        command = newest(command, run)
         print(f"\n$ {command}", flush=True)
         begun = time.perf_counter()
-        code = subprocess.run(resolve(command, run), cwd=ROOT, env=environment, check=False).returncode
+        code = subprocess.run(words(command), cwd=ROOT, env=environment, check=False).returncode
         if code:
             print(f"\nerror: the command above ended with exit status {code}", file=sys.stderr)
             return code

@@ -41,6 +41,10 @@ class Backend:
     """Fields of every TransformerConfig: initialisation, fusions, and how stages exchange tensors."""
     overlap_gradient_reduction: bool = False
     """Reduce gradients bucket by bucket while the backward pass runs."""
+    gradient_bucket_size: int | None = None
+    """Parameters per bucket where the reduction overlaps; None: megatron-core's choice."""
+    pins_memory: bool = False
+    """Whether batches wait in pinned memory, so that their copies overlap with compute."""
     memory_bytes: Callable[[], int]
     """Peak memory of this process on its device since the start, in bytes."""
     synchronize: Callable[[], None]

@@ -266,8 +266,8 @@ def _redirect_factory(factory: Callable) -> Callable:
 def redirect_cuda_calls() -> None:
     """Make the places where megatron-core names CUDA unconditionally run on the CPU. Runs once per process.
 
-    Every redirected call would otherwise raise on a machine without a GPU, so nothing that works is changed, with one
-    exception: `Tensor.type()` without arguments names the CUDA tensor type, because optimizers compare that string.
+    Nearly every redirected call would otherwise raise on a machine without a GPU. Two that would not: `Tensor.type()`
+    without arguments names the CUDA tensor type, because optimizers compare that string, and there is one "device".
     """
     # Patched by name and not through a TorchFunctionMode: recomputation runs in the backward pass, without the mode.
     # `with torch.device(...)` knows the factories by identity and caches them: let it see the real ones first.

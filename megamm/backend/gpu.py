@@ -18,7 +18,6 @@ def start(local_rank: int) -> Backend:
             "install a CUDA build of torch, or take train.backend cpu."
         )
     try:
-        import transformer_engine.pytorch as te
         from megatron.core.extensions.transformer_engine import (
             TEColumnParallelLinear,
             TEDotProductAttention,
@@ -26,6 +25,7 @@ def start(local_rank: int) -> Backend:
             TENorm,
             TERowParallelLinear,
         )
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
     except ImportError as error:
         raise MegammError(
             "The GPU backend needs Transformer Engine, which cannot be imported "
@@ -37,7 +37,7 @@ def start(local_rank: int) -> Backend:
             "Start at most that many processes per node (--nproc-per-node)."
         )
     torch.cuda.set_device(local_rank)
-    has_fp8, _ = te.fp8.check_fp8_support()
+    has_fp8, _ = FP8GlobalStateManager.is_fp8_available()
     return Backend(
         name="gpu",
         device=torch.device("cuda", local_rank),
@@ -61,6 +61,7 @@ def start(local_rank: int) -> Backend:
             deallocate_pipeline_outputs=True,
         ),
         overlap_gradient_reduction=True,
+        pins_memory=True,
         memory_bytes=torch.cuda.max_memory_allocated,
         synchronize=torch.cuda.synchronize,
     )

@@ -8,7 +8,6 @@ from math import inf
 from operator import attrgetter
 
 from megamm.config.schema import PARTS, Config
-from megamm.errors import ConfigError
 
 _Limit = tuple[Callable[[float], bool], str]
 
@@ -23,6 +22,7 @@ _LIMITS: dict[str, _Limit] = {
     "data.num_workers": _COUNT_OR_NONE,
     "parallel.tp": _COUNT,
     "parallel.pp": _COUNT,
+    "parallel.virtual_stages": _COUNT,
     "optim.lr": _POSITIVE,
     "optim.min_lr": _NOT_NEGATIVE,
     "optim.vision_lr": _POSITIVE,
@@ -46,23 +46,20 @@ _LIMITS: dict[str, _Limit] = {
 }
 
 
-def check(config: Config, world_size: int) -> None:
-    """Raise ConfigError with everything that keeps `config` from running on `world_size` ranks."""
-    if problems := find_problems(config, world_size):
-        raise ConfigError(problems)
-
-
 def find_problems(config: Config, world_size: int) -> list[str]:
     """Everything that keeps `config` from running on `world_size` ranks; each names the field and the legal values."""
     problems = []
+    illegal = set()
     for name, (holds, legal) in _LIMITS.items():
         value = attrgetter(name)(config)
         if value is not None and not holds(value):
+            illegal.add(name)
             problems.append(f"{name}={value} must be {legal}")
     for name in ("model.family", "data.path", "checkpoint.dir"):
         if not attrgetter(name)(config):
             problems.append(f"{name} must not be empty")
-    if not problems:  # the arithmetic below means nothing with sizes that are no sizes
+    sizes = {"parallel.tp", "parallel.pp", "parallel.virtual_stages", "train.global_batch", "train.micro_batch"}
+    if not illegal & sizes:
         problems += _layout_problems(config, world_size)
 
     model, optim, train = config.model, config.optim, config.train
@@ -71,7 +68,7 @@ def find_problems(config: Config, world_size: int) -> list[str]:
             "model.pretrained, model.config: nothing gives the sizes; set the first to a megamm checkpoint, or the "
             "second to a Hugging Face config.json"
         )
-    if optim.min_lr > optim.lr:
+    if not illegal & {"optim.lr", "optim.min_lr"} and optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr={optim.min_lr} must not be above optim.lr={optim.lr}")
     unknown = [part for part in train.freeze if part not in PARTS]
     if unknown:
@@ -82,6 +79,11 @@ def find_problems(config: Config, world_size: int) -> list[str]:
         problems.append(
             f"train.eval_every_steps={train.eval_every_steps} needs data.eval_path, the data to evaluate on; "
             "or set it to 0"
+        )
+    if config.data.group_by_modality_length and not config.data.shuffle:
+        problems.append(
+            "data.group_by_modality_length=True draws an order of its own, data.shuffle=False keeps the stored one; "
+            "set one or the other"
         )
     if train.precision == "fp8" and train.backend == "cpu":
         problems.append("train.precision=fp8 needs a GPU with Transformer Engine; train.backend=cpu has fp32 and bf16")
@@ -94,6 +96,15 @@ def _layout_problems(config: Config, world_size: int) -> list[str]:
     parallel, train = config.parallel, config.train
     if parallel.sequence_parallel and parallel.tp == 1:
         problems.append("parallel.sequence_parallel=True needs parallel.tp above 1; set one or the other")
+    if parallel.virtual_stages > 1 and parallel.pp == 1:
+        problems.append(
+            f"parallel.virtual_stages={parallel.virtual_stages} needs parallel.pp above 1; set one or the other"
+        )
+    if parallel.virtual_stages > 1 and parallel.layout != "auto":
+        problems.append(
+            f"parallel.virtual_stages={parallel.virtual_stages} is for parallel.layout=auto; an explicit cut has as "
+            "many as its length says: leave it at 1"
+        )
     model_parallel = parallel.tp * parallel.pp
     dp, left_over = divmod(world_size, model_parallel)
     if left_over or dp == 0:

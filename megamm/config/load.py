@@ -40,7 +40,7 @@ class _CommandLine:
     """Train a multimodal language model."""
 
     recipe: tyro.conf.Positional[str]
-    """A recipe, or the config.json of an earlier run."""
+    """A recipe, or the recipe.json of an earlier run."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print units per stage, parameters, a memory estimate and samples per step, and exit."""
@@ -75,7 +75,7 @@ def load_recipe(path: str | Path) -> Config:
     if path.suffix == ".json":
         return thaw(path.read_text(encoding="utf-8-sig"), source=str(path))
     if path.suffix != ".py":
-        raise ConfigError([f"recipe {path}: a recipe is a .py file, or the config.json of an earlier run"])
+        raise ConfigError([f"recipe {path}: a recipe is a .py file, or the recipe.json of an earlier run"])
     spec = importlib.util.spec_from_file_location("recipe", path)
     assert spec is not None and spec.loader is not None  # always so for a .py file
     module = importlib.util.module_from_spec(spec)
@@ -94,7 +94,7 @@ def freeze(config: Config) -> str:
     return json.dumps(asdict(config), indent=2) + "\n"
 
 
-def thaw(text: str, source: str = "config.json") -> Config:
+def thaw(text: str, source: str = "recipe.json") -> Config:
     """The Config that `freeze` wrote. Raises ConfigError with every unknown, missing or mistyped field of `source`."""
     try:
         data = json.loads(text)
@@ -160,7 +160,7 @@ def _explain(path: Path, error: Exception) -> str:
     """One message for whatever a recipe raised: the recipe's own line, the error, and the field that was meant."""
     line = error.lineno if isinstance(error, SyntaxError) else None
     for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == str(path):
+        if Path(frame.filename) == path.absolute():
             line = frame.lineno
     place = f"recipe {path}" + (f", line {line}" if line else "")
     if isinstance(error, AttributeError) and error.name == "config" and line is None:

@@ -38,6 +38,9 @@ class Data:
     """Processes per rank that read and decode; 0 decodes in the training process."""
     shuffle: bool = True
     """Draw a new order from `train.seed` every epoch. False: the stored order."""
+    group_by_modality_length: bool = False
+    """Draw it so that every step has only samples with pictures or only text, longest first: less padding. LLaVA's
+    option of the same name. Needs `shuffle`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,6 +54,8 @@ class Parallel:
     layout: str = "auto"
     """`auto` balances estimated FLOPs; or an explicit cut such as `Vv*24P|Et*16|t*16L` (V vision.embed, v vision
     layer, P projector, E llm.embed, t llm layer, L llm.head; x*3 repeats x; | next stage)."""
+    virtual_stages: int = 1
+    """Stages per pipeline rank of layout `auto`; more than 1 interleaves. An explicit cut says it by its length."""
     sequence_parallel: bool = False
     """Split the sequence of norms and residuals over the tp ranks of the llm. Needs tp > 1."""
 
@@ -118,7 +123,8 @@ class Checkpoint:
     """Where a run keeps its state."""
 
     dir: str
-    """Directory of the run: checkpoints under step_XXXXXXXX/, log.jsonl, TensorBoard events, config.json."""
+    """Directory of the run: checkpoints under step_XXXXXXXX/ (each with its recipe.json), log.jsonl, TensorBoard
+    events."""
     every_steps: int = 0
     """Steps between checkpoints; 0: only after the last step."""
     keep_last: int = 2

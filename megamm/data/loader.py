@@ -1,6 +1,7 @@
 """Dataset on disk -> the micro-batches of each step on each data parallel rank, in a seeded order, resumable exactly.
 
-What is drawn depends on the number of samples consumed and the seed alone: never on ranks, micro-batches or workers.
+What is drawn depends on the seed, the number of samples consumed and, where samples are grouped, the global batch:
+never on ranks, micro-batches or workers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -109,6 +110,39 @@ def collate(
     )
 
 
+def grouped_order(
+    random: np.random.RandomState, num_tokens: np.ndarray, has_images: np.ndarray, global_batch: int, head: int = 0
+) -> np.ndarray:
+    """int64 [samples]: every sample once, each global batch of one modality and its longest sample first.
+
+    num_tokens, has_images: of each sample. head: samples at the front that fill up the step in which the epoch before
+    ended. The last steps hold what is left of both modalities, and the head is mixed, too.
+
+    LLaVA's `group_by_modality_length` (llava_family.md 3.8) for W = global batch and B = 1. There a megabatch of W x B
+    random samples of one modality, W = ranks x accumulation steps, is sorted by length and dealt out to W chunks of B.
+    W x B is the global batch at every layout, but the chunks are not, so a choice of W that layouts do not change must
+    be W = W x B: chunks of one, in the sorted order. It is also the choice with the least padding: neighbours share a
+    micro-batch, where LLaVA deals out equal sums, one long sample to each chunk. The ranks keep step all the same: over
+    a global batch, two of them differ by less than one micro-batch of its longest. Which samples share a step is
+    LLaVA's, and the loss of a step does not depend on their order.
+
+    Lengths are tokens, visual ones counted, where LLaVA counts words: tokens are what is padded. A last megabatch is
+    left over only where it is short; LLaVA leaves over a whole one, too.
+    """
+    drawn = random.permutation(len(num_tokens))
+    first, rest = drawn[:head], drawn[head:]
+    whole, left_over = [], [first]
+    for samples in (rest[has_images[rest]], rest[~has_images[rest]]):
+        num_whole = len(samples) // global_batch * global_batch
+        megabatches = samples[:num_whole].reshape(-1, global_batch)
+        longest_first = np.argsort(-num_tokens[megabatches], axis=1, kind="stable")
+        whole.append(np.take_along_axis(megabatches, longest_first, axis=1))
+        left_over.append(samples[num_whole:])
+    steps = random.permutation(np.concatenate(whole))
+    head_part, *tails = (part[np.argsort(-num_tokens[part], kind="stable")] for part in left_over)
+    return np.concatenate([head_part, steps.ravel(), *tails])
+
+
 class Loader:
     """Iterating gives one list per step: the micro-batches of this rank, `global_batch / (dp_size * micro_batch)` long.
 
@@ -128,14 +162,17 @@ class Loader:
         pad_multiple: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        group_by_modality_length: bool = False,
         num_workers: int = 0,
         prefetch: int = 4,
+        pin_memory: bool = False,
         num_samples: int | None = None,
     ):
         """`pad_multiple`: what sequence lengths are rounded up to; tp, for sequence parallel. `shuffle`: a new order
-        every epoch, or always the stored one. `num_workers`: processes that read and decode, each up to `prefetch`
-        micro-batches ahead; 0: in this process. `num_samples`: exactly these first samples of the order (all, where
-        there are fewer), each once; the last step is filled up with samples without tokens, on every rank alike.
+        every epoch, or always the stored one. `group_by_modality_length`: the new order is a `grouped_order`.
+        `num_workers`: processes that read and decode, each up to `prefetch` micro-batches ahead; 0: in this process.
+        `pin_memory`: hand out batches in pinned memory. `num_samples`: exactly these first samples of the order (all,
+        where there are fewer), each once; the last step is filled up with samples without tokens, on every rank alike.
 
         Raises ConfigError where `global_batch` does not divide, DataError where the dataset is empty.
         """
@@ -154,8 +191,9 @@ class Loader:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._micro_batch, self._global_batch = micro_batch, global_batch
         self._pad_id, self._pad_multiple = pad_id, pad_multiple
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._shuffle, self._is_grouped = seed, shuffle, shuffle and group_by_modality_length
         self._num_workers, self._prefetch = num_workers, prefetch
+        self._pin_memory = pin_memory
         self._num_samples = None if num_samples is None else min(num_samples, len(dataset))
         self._consumed = 0
         self._is_cut = dataset.num_tokens > dataset.max_tokens
@@ -175,11 +213,11 @@ class Loader:
             self._consumed = first + self._global_batch
             yield step
 
-    def state_dict(self) -> dict[str, int | bool]:
+    def state_dict(self) -> dict[str, Any]:
         """Small, plain and the same on every rank; describes the moment after the last step that was handed out."""
         return {"consumed": self._consumed, "truncated": self.truncated, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind what `state` describes, at the next `iter()`; ranks, micro-batch and workers may differ.
 
         Raises DataError where the order of the data would be another one.
@@ -188,12 +226,20 @@ class Loader:
             if state.get(key) != here:
                 raise DataError(
                     f"resume: the checkpoint read its data with {key} = {state.get(key)}, this run has {here}; give it "
-                    "the same data, seed and shuffle, or start a new run from the checkpoint as model.pretrained"
+                    "the same, or start a new run from the checkpoint as model.pretrained"
                 )
         self._consumed, self.truncated = int(state["consumed"]), int(state["truncated"])
 
-    def _identity(self) -> dict[str, int | bool]:
-        return {"seed": self._seed, "shuffle": self._shuffle, "samples": len(self.dataset)}
+    def _identity(self) -> dict[str, Any]:
+        """What the order is drawn from."""
+        return {
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "samples": len(self.dataset),
+            "bytes": self.dataset.reader.info["bin_bytes"],
+            "group_by_modality_length": self._is_grouped,
+            "global_batch": self._global_batch if self._is_grouped else None,  # a random order has no use for it
+        }
 
     def _steps(self, start: int) -> Iterator[int]:
         """Number of samples consumed before each step."""
@@ -215,12 +261,17 @@ class Loader:
     def _order(self, epoch: int) -> np.ndarray:
         """int64 [samples]: every sample once."""
         if epoch not in self._orders:
-            if self._shuffle:
-                # RandomState, because numpy promises never to change its streams; its newer generators may.
-                seeds = [self._seed & 0xFFFFFFFF, self._seed >> 32 & 0xFFFFFFFF, epoch]
-                order = np.random.RandomState(seeds).permutation(len(self.dataset))
+            num_samples = len(self.dataset)
+            # RandomState, because numpy promises never to change its streams; its newer generators may.
+            random = np.random.RandomState([self._seed & 0xFFFFFFFF, self._seed >> 32 & 0xFFFFFFFF, epoch])
+            if self._is_grouped:
+                head = -epoch * num_samples % self._global_batch
+                has_images = self.dataset.reader.num_images > 0
+                order = grouped_order(random, self.dataset.num_tokens, has_images, self._global_batch, head)
+            elif self._shuffle:
+                order = random.permutation(num_samples)
             else:
-                order = np.arange(len(self.dataset))
+                order = np.arange(num_samples)
             self._orders[epoch] = order
             if len(self._orders) > 2:  # what is read ahead and what is handed out are seldom further apart
                 del self._orders[next(iter(self._orders))]
@@ -241,6 +292,7 @@ class Loader:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch if self._num_workers else None,
             collate_fn=_same,
+            pin_memory=self._pin_memory,
             generator=torch.Generator(),  # otherwise it draws from the global one, and resuming would change dropout
         )
         stream = iter(results)

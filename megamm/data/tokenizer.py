@@ -1,6 +1,5 @@
 """Text <-> ids, with the place of every token in the text. The only file of the data side that imports transformers."""
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from megamm.data.tokenizer_files import FILES, tokenizer_hash
 from megamm.errors import DataError
-
-FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
-"""Files that hold a vocabulary; the first one found names the tokenizer in a dataset's PREFIX.json."""
-
-SETTINGS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
-"""Files that change how a vocabulary is used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +18,7 @@ class Tokenizer:
     name: str
     """File that holds the vocabulary, such as `tokenizer.model`."""
     hash: str
-    """sha256 over names and contents of the tokenizer's files."""
+    """Of its files, by data/tokenizer_files.py."""
     bos_id: int | None
     """None where the vocabulary has no such token."""
     eos_id: int
@@ -77,10 +71,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     backend.no_padding()
     if loaded.eos_token_id is None:
         raise DataError(f"{directory}: names no end token; set eos_token in tokenizer_config.json")
+    digest = tokenizer_hash(directory)
+    assert digest is not None  # one of FILES is there
     spare = (loaded.pad_token_id, loaded.unk_token_id, loaded.eos_token_id)
     return Tokenizer(
         name=present[0],
-        hash=_hash(directory),
+        hash=digest,
         bos_id=loaded.bos_token_id,
         eos_id=loaded.eos_token_id,
         pad_id=next(token for token in spare if token is not None),
@@ -88,13 +84,3 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         _backend=backend,
     )
-
-
-def _hash(directory: Path) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(FILES + SETTINGS):
-        if (directory / name).is_file():
-            content = (directory / name).read_bytes()
-            digest.update(f"{name} {len(content)}\n".encode())
-            digest.update(content)
-    return digest.hexdigest()

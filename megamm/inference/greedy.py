@@ -12,7 +12,7 @@ from megamm import backend
 from megamm.batch import Batch, Sample
 from megamm.data.loader import collate
 from megamm.parallel.groups import gather_over_tp
-from megamm.training.step import Stages, run_pipeline
+from megamm.training.step import Stages, fewest_batches, run_pipeline
 
 
 def greedy(
@@ -65,9 +65,9 @@ def greedy(
 @torch.no_grad()
 def _next_tokens(stages: Stages, batch: Batch, last_B: Tensor) -> Tensor:
     """Most likely token behind position `last_B` of each row, int64 [B], on every rank."""
-    reduced = run_pipeline(
-        stages, [batch], forward_only=True, keep_logits=True, reduce=partial(_best, last_B.to(backend.current().device))
-    )
+    reduce = partial(_best, last_B.to(backend.current().device))
+    batches = [batch] * fewest_batches(stages)
+    reduced = run_pipeline(stages, batches, forward_only=True, keep_logits=True, reduce=reduce)
     device = backend.current().device
     next_B = reduced[0]["best"] if reduced else torch.zeros(len(last_B), dtype=torch.int64, device=device)
     last_stage = parallel_state.get_pipeline_model_parallel_last_rank()

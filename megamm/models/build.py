@@ -80,5 +80,7 @@ def units(
     ]
     # The logits are kept in float32, and once more as softmax.
     head_kept = t.hidden_size + 8 / bytes_per_value * t.padded_vocab_size
-    out.append(unit("llm.head", vocabulary, num_tokens, head_kept, rest=t.hidden_size * (1 + (t.norm == "LayerNorm"))))
+    head_norm = t.hidden_size * (1 + (t.norm == "LayerNorm"))
+    own = head_norm if t.has_tied_embeddings else head_norm + vocabulary
+    out.append(Unit("llm.head", 2 * vocabulary * num_tokens, own, int(head_kept * num_tokens * bytes_per_value)))
     return out

@@ -49,7 +49,7 @@ def read(
     if config.get("model_type") != "llava" or not is_native(config):
         raise CheckpointError("config.json is not a llava of transformers: model_type, text_config or vision_config")
     get = {**DEFAULTS, **config}.__getitem__
-    for field in ("projector_hidden_act", "multimodal_projector_bias", "tie_word_embeddings"):
+    for field in ("projector_hidden_act", "multimodal_projector_bias"):
         if get(field) != DEFAULTS[field]:
             raise CheckpointError(f"config.json: {field} {get(field)!r} is not supported, only {DEFAULTS[field]!r}")
     strategy, layer = get("vision_feature_select_strategy"), get("vision_feature_layer")
@@ -62,7 +62,8 @@ def read(
     tower = vision.from_hf(vision_config(config, vision, "config.json: vision_config"), layer, keep_class_token)
     if tower_config is not None:
         _check_same(tower, vision.from_hf(vision_config(tower_config, vision), layer, keep_class_token))
-    decoder = llm.from_hf(llm_config(config["text_config"], llm, "config.json: text_config"))
+    text = llm_config(config["text_config"], llm, "config.json: text_config")
+    decoder = llm.from_hf({**text, "tie_word_embeddings": _is_tied(config)})
     image_token_id = config.get("image_token_id", get("image_token_index"))
     has_image_token = image_token_id is not None and image_token_id < decoder.vocab_size
     return VlmOptions(
@@ -75,6 +76,14 @@ def read(
         tokens_per_image=tower.num_features,
         hf=config,
     )
+
+
+def _is_tied(config: dict[str, Any]) -> bool:
+    """The whole model's field counts for transformers; the llm's own, where it is given, must not contradict."""
+    tied = config.get("tie_word_embeddings", DEFAULTS["tie_word_embeddings"])
+    if config["text_config"].get("tie_word_embeddings", tied) != tied:
+        raise CheckpointError("config.json: tie_word_embeddings differs between the model and its text_config")
+    return tied
 
 
 def _check_same(ours: VisionOptions, towers: VisionOptions) -> None:
@@ -96,6 +105,7 @@ def write(options: VlmOptions, *, llm: LlmPart, vision: VisionPart) -> dict[str,
     source, tower = (options.hf, options.hf["vision_config"]) if is_native(options.hf) else ({}, options.tower_hf or {})
     known: dict[str, Any] = {
         "model_type": "llava",
+        "tie_word_embeddings": options.llm.has_tied_embeddings,
         "text_config": llm.to_hf(options.llm, source.get("text_config", {})),
         "vision_config": vision.to_hf(options.vision, vision_config(tower, vision)),
         "vision_feature_select_strategy": "full" if options.vision.keep_class_token else "default",
@@ -133,7 +143,7 @@ def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any], *, llm: LlmPart, v
         "vision_feature_select_strategy": "default",
         "text_config": text,
         "vision_config": {"model_type": vision.MODEL_TYPE, **tower},
-    } | {key: text[key] for key in ("dtype", "torch_dtype") if key in text}
+    } | {key: text[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in text}
 
 
 def keys(options: VlmOptions, *, llm: LlmPart, vision: VisionPart) -> KeyMap:

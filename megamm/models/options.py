@@ -68,6 +68,8 @@ class LlmOptions:
     norm_eps: float
     rope_theta: float
     has_qkv_bias: bool = False
+    has_tied_embeddings: bool = False
+    """Whether the head uses the embedding's weights."""
 
     @property
     def padded_vocab_size(self) -> int:

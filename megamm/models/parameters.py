@@ -5,6 +5,7 @@ megamm/weights and the built model cannot drift apart unnoticed.
 """
 
 from collections.abc import Callable, Collection, Iterable
+from itertools import chain
 
 import torch
 from megatron.core import parallel_state
@@ -16,18 +17,22 @@ from torch.nn import Parameter
 from megamm.errors import CheckpointError
 from megamm.models.vlm import VLM
 from megamm.parallel.groups import gather_over_tp
+from megamm.parallel.placement import Layout
 from megamm.weights.draw import draw as draw_tensor
 from megamm.weights.keymap import Entry, KeyMap
 
 
-def canonical_parameters(chunks: Iterable[VLM]) -> dict[str, Parameter]:
-    """Canonical name -> the local parameter, for all virtual stages of this rank."""
-    found: dict[str, Parameter] = {}
+def canonical_parameters(chunks: Iterable[VLM]) -> list[tuple[str, Parameter]]:
+    """Canonical names and local parameters of all virtual stages of this rank.
+
+    A tied embedding has two parameters under one name when `llm.embed` and `llm.head` lie in two virtual stages.
+    """
+    found: list[tuple[str, Parameter]] = []
     for chunk in chunks:
         parameters = dict(chunk.named_parameters())
         for local_name, sharded in chunk.sharded_state_dict().items():
             if local_name in parameters and isinstance(sharded, (ShardedTensor, ShardedTensorFactory)):
-                found[sharded.key] = parameters.pop(local_name)
+                found.append((sharded.key, parameters.pop(local_name)))
         if parameters:
             raise RuntimeError(f"parameters that megatron-core would not save: {sorted(parameters)}")
     return found
@@ -39,7 +44,7 @@ def mark_partitions(chunks: Iterable[VLM], keymap: KeyMap) -> None:
     megatron-core says so itself only where it also draws the weights. Unmarked, a slice counts as a copy that every
     rank has, and the global gradient norm leaves out all slices but the first.
     """
-    for name, parameter in canonical_parameters(chunks).items():
+    for name, parameter in canonical_parameters(chunks):
         dim = keymap[name].partition_dim
         for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
             if hasattr(parameter, attribute):
@@ -52,7 +57,7 @@ def fill(chunks: Iterable[VLM], keymap: KeyMap, read: Callable[[Entry], Tensor])
     """Copy into every local parameter its slice of `read(entry)`, the global tensor of that entry."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in canonical_parameters(chunks).items():
+    for name, parameter in canonical_parameters(chunks):
         entry = keymap[name]
         local = entry.slice(read(entry), rank, size)
         if local.shape != parameter.shape:
@@ -72,8 +77,16 @@ def join(entry: Entry, local: Tensor) -> Tensor:
     return entry.join(gather_over_tp(local))
 
 
-def freeze(chunks: Iterable[VLM], parts: Collection[str]) -> None:
-    """Stop training the parameters of these parts (vision, projector, llm)."""
-    for name, parameter in canonical_parameters(chunks).items():
+def freeze(chunks: Iterable[VLM], layout: Layout, parts: Collection[str]) -> None:
+    """Stop training the parameters of these parts (vision, projector, llm).
+
+    Where nothing in front of a stage is trained any more, the stage will neither compute nor send a gradient for it.
+    """
+    chunks = list(chunks)
+    for name, parameter in canonical_parameters(chunks):
         if name.split(".")[0] in parts:
             parameter.requires_grad_(False)
+    runs = layout.runs
+    for chunk in chunks:
+        earlier = chain.from_iterable(runs[: runs.index(chunk.stage.units)])
+        chunk.sends_gradient = any(unit.parameters and unit.part not in parts for unit in earlier)

@@ -7,6 +7,7 @@ behind the projector, hidden states [S, B, H] inside the llm (S divided by tp un
 
 from typing import Any
 
+import torch
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -46,11 +47,21 @@ class VLM(MegatronModule):
             self.projector = Projector(options.projector, configs.projector)
         if stage.has("llm.embed") or stage.llm_layers or stage.has("llm.head"):
             self.llm = Decoder(options.llm, self.config, stage)
+        self.sends_gradient = stage.before is not None
+        """Whether something in front of this stage is trained and waits for a gradient; `parameters.freeze` sets it."""
         self._received: Any = None
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take what the stage before sent; called by megatron-core's schedules ahead of every forward."""
-        self._received = input_tensor[0]
+        received = input_tensor[0]
+        if received is None or self.sends_gradient or not torch.is_grad_enabled():
+            self._received = received
+            return
+        # Nobody in front is trained, yet the stage before waits for the gradient of what it sent. Cut the graph here
+        # and let the schedule find one zero to send back.
+        self._received = received.detach()
+        received.data = received.new_zeros(1, 1, 1)
+        received.grad = received.new_zeros(1, 1, 1)
 
     def forward(self, batch: Batch, keep_logits: bool = False) -> Tensor:
         """Run this stage.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megamm.config.schema import Parallel
 from megamm.errors import ConfigError
-from megamm.parallel.placement import Unit, auto_layout, parse_layout
+from megamm.parallel.placement import Unit, choose_layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,10 +48,7 @@ def find_size_problems(parallel: Parallel, parts: Mapping[str, Sizes], units: Se
             f"{', '.join(map(str, legal))}"
         )
     try:
-        if parallel.layout == "auto":
-            auto_layout(units, parallel.pp)
-        else:
-            parse_layout(parallel.layout, units, parallel.pp)
+        choose_layout(parallel, units)
     except ConfigError as error:
         problems += error.problems
     return problems

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megamm import backend
 from megamm.config.schema import Parallel
 from megamm.errors import ConfigError
+from megamm.parallel.placement import Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,23 +54,27 @@ def start_distributed(timeout_s: float = 1800.0) -> None:
         dist.init_process_group(collectives, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def start(parallel: Parallel, seed: int = 0) -> Ranks:
+def start(parallel: Parallel, layout: Layout, seed: int = 0) -> Ranks:
     """Build the model parallel groups of this layout; groups of an earlier layout in this process are dropped.
 
     Needs `start_distributed`. Raises ConfigError when tp * pp does not divide the world.
     """
     world = dist.get_world_size()
     if world % (parallel.tp * parallel.pp):
-        raise ConfigError([
-            f"{world} processes cannot be divided by parallel.tp {parallel.tp} x parallel.pp {parallel.pp}: "
-            "start a multiple of that many (--nproc-per-node)"
-        ])
-    parallel_state.destroy_model_parallel()
+        raise ConfigError(
+            [
+                f"{world} processes cannot be divided by parallel.tp {parallel.tp} x parallel.pp {parallel.pp}: "
+                "start a multiple of that many (--nproc-per-node)"
+            ]
+        )
+    _drop_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
-        # llm.embed and llm.head may live on any stages; no group spans the first and the last one by default.
-        get_embedding_ranks=lambda pp_ranks, *_: [pp_ranks[0]],
+        create_gloo_process_groups=False,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        # Where a tied embedding has its copies; megatron-core would take the first and the last stage.
+        get_embedding_ranks=lambda pp_ranks, *_: [pp_ranks[k] for k in _embedding_ranks(layout)],
         get_position_embedding_ranks=lambda pp_ranks, *_: [pp_ranks[0]],
     )
     backend.seed_ranks(seed)
@@ -83,6 +88,20 @@ def start(parallel: Parallel, seed: int = 0) -> Ranks:
         dp=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
     )
+
+
+def _drop_groups() -> None:
+    """Forget the groups of an earlier layout and free them: megatron-core only forgets, and the threads of every gloo
+    group wake up a hundred times a second for ever."""
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None:
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+
+
+def _embedding_ranks(layout: Layout) -> list[int]:
+    """Pipeline ranks that hold llm.embed or llm.head, in order."""
+    return sorted({layout.find(name).pp_rank for name in ("llm.embed", "llm.head")})
 
 
 def stop() -> None:

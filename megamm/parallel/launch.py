@@ -59,8 +59,9 @@ class RankPool:
     stopped starts again with the next `run`.
     """
 
-    def __init__(self, size: int, timeout_s: float = 600.0):
-        """size: number of processes, started by the first `run`. timeout_s: longest that one `run` may take."""
+    def __init__(self, size: int, timeout_s: float | None = 600.0):
+        """size: number of processes, started by the first `run`. timeout_s: longest that one `run` may take; None: any
+        time."""
         self.size = size
         self.timeout_s = timeout_s
         self._workers: list[_Worker] = []
@@ -118,14 +119,16 @@ class RankPool:
             theirs.close()
             self._workers.append(_Worker(process, ours))
 
-    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], world: int, timeout_s: float) -> list[Any]:
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], world: int, timeout_s: float | None
+    ) -> list[Any]:
         for rank, worker in enumerate(self._workers[:world]):
             worker.connection.send((function, args, self._environment(rank)))
         results: list[Any] = [None] * world
         waiting = {worker.connection: rank for rank, worker in enumerate(self._workers[:world])}
-        deadline = time.monotonic() + timeout_s
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            ready = wait(list(waiting), timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
             if not ready:
                 self._print_stacks(list(waiting.values()))
                 ranks = ", ".join(str(rank) for rank in waiting.values())

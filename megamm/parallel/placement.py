@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from math import inf
 
+from megamm.config.schema import Parallel
 from megamm.errors import ConfigError
 
 SYMBOLS = {
@@ -203,6 +204,15 @@ def auto_layout(
         runs.append(tuple(units[stage_cuts[end] : end]))
         end = stage_cuts[end]
     return Layout(tuple(reversed(runs)), pp)
+
+
+def choose_layout(
+    parallel: Parallel, units: Sequence[Unit], frozen: Collection[str] = (), recompute: bool = False
+) -> Layout:
+    """The cut that `parallel.layout` names, or the balanced one. Raises ConfigError."""
+    if parallel.layout == "auto":
+        return auto_layout(units, parallel.pp, frozen, parallel.virtual_stages, recompute)
+    return parse_layout(parallel.layout, units, parallel.pp)
 
 
 def parse_layout(text: str, units: Sequence[Unit], pp: int) -> Layout:

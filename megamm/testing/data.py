@@ -32,7 +32,7 @@ def random_dataset(
             ids[1 : 1 + num_images] = IMAGE
             pictures = [_png(draw.randint(0, 256, size=(20, 30, 3), dtype=np.uint8)) for _ in range(num_images)]
             writer.add(ids, pictures, np.array([[len(ids) // 2, len(ids)]], dtype=np.int32))
-        writer.finish({"family": family, "template": "none", "tokenizer": {"file": "none", "hash": "none"}})
+        writer.finish({"family": family})
 
 
 def _png(rgb: np.ndarray) -> bytes:

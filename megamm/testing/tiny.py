@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 from tokenizers import AddedToken
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaTokenizer,
@@ -91,7 +91,7 @@ def tiny_llava(
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.save_pretrained(aside)
         LlavaProcessor(
-            image_processor=CLIPImageProcessor(
+            image_processor=CLIPImageProcessorPil(
                 size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
             ),
             tokenizer=tokenizer,
@@ -178,14 +178,12 @@ def _chat_template(form: Template) -> str:
 def _draw(model: torch.nn.Module, seed: int) -> None:
     """Weights that let a narrow model learn fast: every matrix keeps its input's variance, and positions stand out.
 
-    The published 0.02 is made for widths of thousands; at 64 channels the picture would be lost in the residual stream.
+    With the published 0.02, made for widths of thousands, a model of 64 channels hardly begins to see.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "position_embedding" in name or "class_embedding" in name:
             parameter.normal_(0, 1, generator=generator)
-        elif "embed_tokens" in name:
-            parameter.normal_(0, 0.02, generator=generator)
         elif parameter.dim() > 1:
             parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
         else:

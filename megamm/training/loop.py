@@ -2,6 +2,8 @@
 
 import math
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,16 +24,100 @@ from megamm.training.evaluate import evaluate
 from megamm.training.meter import Meter
 from megamm.training.optim import build_optimizer, build_schedule, wrap
 from megamm.training.setup import Plan, image_format
-from megamm.training.step import train_step
+from megamm.training.step import Stages, train_step
 
 log = get_logger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Run:
+    """A run between two steps."""
+
+    config: Config
+    found: Plan
+    ranks: Ranks
+    state: checkpoint.RunState
+    data: Loader
+    step: int
+    """Optimizer steps done."""
+    side_files: Path | None
+    """The checkpoint whose kept tensors and tokenizer go into the next one."""
+
+    def save(self) -> None:
+        """Write a checkpoint behind the present step; older ones may go, so the next takes its side files from it."""
+        self.side_files = checkpoint.save(
+            self.config.checkpoint.dir,
+            self.step,
+            self.state,
+            data=self.data.state_dict(),
+            info=self.found.info,
+            side_files=self.side_files,
+            recipe=freeze_config(self.config),
+            keep_last=self.config.checkpoint.keep_last,
+        )
 
 
 def run(config: Config, found: Plan, ranks: Ranks) -> float:
     """Train as planned and return the last loss. Every rank calls it, inside its process groups.
 
-    Raises MegammError when the loss is no longer a number; the last checkpoint stays.
+    Raises MegammError when loss or gradients are no longer numbers; the last checkpoint stays.
     """
+    now = _prepare(config, found, ranks)
+    if now.step >= found.num_steps:
+        log.info("nothing to do: %s has all %d steps", now.side_files, found.num_steps)
+        return math.nan
+    per_step = config.train.global_batch
+    meter = Meter(
+        config.checkpoint.dir,
+        found.num_steps,
+        lambda tokens, images: found.flops(config, tokens, images, seq_length=tokens / per_step),
+        memory_bytes=backend.current().memory_bytes,
+        is_writer=ranks.rank == 0,
+    )
+    meter.start(now.step)
+    batches = iter(now.data)
+    while now.step < found.num_steps:
+        started = time.perf_counter()
+        micro_batches = next(batches)
+        data_wait_s = time.perf_counter() - started
+        lr = max(group["lr"] for group in now.state.optimizer.param_groups)
+        result = train_step(now.state.stages, now.state.optimizer, micro_batches)
+        now.state.schedule.step(increment=1)
+        tokens, images = count(micro_batches)
+        backend.current().synchronize()
+        step_s = time.perf_counter() - started
+        now.step += 1
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            meter.close()
+            raise MegammError(
+                f"step {now.step}: the loss is {result.loss}, the gradient norm {result.grad_norm}. Lower optim.lr, or "
+                f"look at the data of this step; the newest checkpoint is {checkpoint.newest(config.checkpoint.dir)}"
+            )
+        eval_loss = evaluate_at(config, found, ranks, now.state.stages, now.step)
+        meter.step(
+            now.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            tokens=tokens,
+            images=images,
+            samples=now.data.state_dict()["consumed"],
+            step_s=step_s,
+            data_wait_s=data_wait_s,
+            eval_loss=eval_loss,
+        )
+        every = config.checkpoint.every_steps
+        if now.step == found.num_steps or (every and now.step % every == 0):
+            now.save()
+    meter.close()
+    if now.data.truncated:
+        log.info("%d samples were longer than data.max_tokens %d and cut", now.data.truncated, config.data.max_tokens)
+    return result.loss
+
+
+def _prepare(config: Config, found: Plan, ranks: Ranks) -> _Run:
+    """Build the stages of this rank and fill them: from the newest checkpoint of the run, from `model.pretrained`, or
+    drawn, in this order."""
     table = found.family.keys[found.info.dialect](found.options)
     stages = build_stages(found.options, found.build(config), table)
     resumed = checkpoint.newest(config.checkpoint.dir) if config.checkpoint.resume else None
@@ -41,85 +127,30 @@ def run(config: Config, found: Plan, ranks: Ranks) -> float:
     elif resumed is None:
         log.info("weights drawn from seed %d", config.train.seed)
         draw(stages, table, config.train.seed)
-    freeze(stages, config.train.freeze)
+    freeze(stages, found.layout, config.train.freeze)
 
+    wrapped = wrap(stages)
+    optimizer = build_optimizer(config.optim, wrapped)
+    schedule = build_schedule(config.optim, optimizer, found.num_steps)
+    state = checkpoint.RunState(stages=wrapped, optimizer=optimizer, schedule=schedule)
     data = train_loader(config, found, ranks)
-    num_steps = found.num_steps
-    state = checkpoint.RunState(
-        stages=(wrapped := wrap(stages)),
-        optimizer=(optimizer := build_optimizer(config.optim, wrapped)),
-        schedule=(schedule := build_schedule(config.optim, optimizer, num_steps)),
-    )
     step = 0
     if resumed is not None:
         step, position = checkpoint.load(resumed, state, found.info)
         data.load_state_dict(position)
         log.info("resumed from %s", resumed)
-    if step >= num_steps:
-        log.info("nothing to do: %s has all %d steps", resumed, num_steps)
-        return math.nan
-
-    def save() -> None:
-        checkpoint.save(
-            config.checkpoint.dir,
-            step,
-            state,
-            data=data.state_dict(),
-            info=found.info,
-            side_files=resumed or found.start,
-            recipe=freeze_config(config),
-            keep_last=config.checkpoint.keep_last,
-        )
-
-    samples_per_step = config.train.global_batch
-    meter = Meter(
-        config.checkpoint.dir,
-        num_steps,
-        lambda tokens, images: found.flops(config, tokens, images, seq_length=tokens / samples_per_step),
-        memory_bytes=backend.current().memory_bytes,
-        is_writer=ranks.rank == 0,
+    return _Run(
+        config=config,
+        found=found,
+        ranks=ranks,
+        state=state,
+        data=data,
+        step=step,
+        side_files=resumed or found.start,
     )
-    meter.start(step)
-    batches = iter(data)
-    while step < num_steps:
-        started = time.perf_counter()
-        micro_batches = next(batches)
-        data_wait_s = time.perf_counter() - started
-        lr = schedule.get_lr({"max_lr": config.optim.lr, "min_lr": config.optim.min_lr})
-        result = train_step(wrapped, optimizer, micro_batches)
-        schedule.step(increment=1)
-        tokens, images = count(micro_batches)
-        backend.current().synchronize()
-        step_s = time.perf_counter() - started
-        step += 1
-        if not math.isfinite(result.loss):
-            meter.close()
-            raise MegammError(
-                f"step {step}: the loss is {result.loss}. Lower optim.lr, or look at the data of this step; the newest "
-                f"checkpoint is {checkpoint.newest(config.checkpoint.dir)}"
-            )
-        meter.step(
-            step,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            lr=lr,
-            tokens=tokens,
-            images=images,
-            samples=step * samples_per_step,
-            step_s=step_s,
-            data_wait_s=data_wait_s,
-            eval_loss=evaluate_at(config, found, ranks, wrapped, step),
-        )
-        is_last = step == num_steps
-        if is_last or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
-            save()
-    meter.close()
-    if data.truncated:
-        log.info("%d samples were longer than data.max_tokens %d and cut", data.truncated, config.data.max_tokens)
-    return result.loss
 
 
-def evaluate_at(config: Config, found: Plan, ranks: Ranks, stages: list, step: int) -> float | None:
+def evaluate_at(config: Config, found: Plan, ranks: Ranks, stages: Stages, step: int) -> float | None:
     """The evaluation loss where one is due behind `step`, else None."""
     every = config.train.eval_every_steps
     is_due = step == found.num_steps or (every and step % every == 0)
@@ -147,7 +178,9 @@ def _loader(config: Config, found: Plan, ranks: Ranks, path: str, num_samples: i
         * (16 if config.train.precision == "fp8" else 1),
         seed=config.train.seed,
         shuffle=config.data.shuffle and num_samples is None,
+        group_by_modality_length=config.data.group_by_modality_length,
         num_workers=config.data.num_workers if num_samples is None else 0,
+        pin_memory=backend.current().pins_memory,
         num_samples=num_samples,
     )
 

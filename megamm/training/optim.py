@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -25,11 +27,13 @@ def wrap(stages: Sequence[VLM], *, distributed_optimizer: bool = True) -> list[D
     Gradients are summed in float32. Without the distributed optimizer every rank ends with whole gradients in
     `main_grad`, which is what a comparison needs.
     """
-    overlap = backend.current().overlap_gradient_reduction
+    current = backend.current()
+    overlap = current.overlap_gradient_reduction
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=overlap,
+        bucket_size=current.gradient_bucket_size,
         average_in_collective=False,
     )
     config = stages[0].config
@@ -38,13 +42,32 @@ def wrap(stages: Sequence[VLM], *, distributed_optimizer: bool = True) -> list[D
     ]
     for stage in wrapped:
         _store_bucket_padding(stage)
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = reduce_gradients
     if overlap:
         interleaved = len(wrapped) > 1
         no_syncs, starts = [s.no_sync for s in wrapped], [s.start_grad_sync for s in wrapped]
         config.no_sync_func = no_syncs if interleaved else no_syncs[0]
         config.grad_sync_func = starts if interleaved else starts[0]
     return wrapped
+
+
+def reduce_gradients(stages: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+    """megatron-core's reductions, then the sum over the copies of a tied embedding, wherever they live.
+
+    Its own reduction takes virtual stage 0 on every rank but the last, so it is never used (`VLM` does not declare that
+    it shares weights). The copies may even lie in two virtual stages of one rank.
+    """
+    finalize_model_grads(stages, num_tokens, **kwargs)
+    llms = [unwrapped.llm for unwrapped in (stage.module for stage in stages) if unwrapped.llm is not None]
+    grads = [llm.tied_copy.main_grad for llm in llms if llm.tied_copy is not None and llm.tied_copy.requires_grad]
+    if not grads:
+        return
+    total = torch.stack(grads).sum(0)
+    group = parallel_state.get_embedding_group()
+    if group.size() > 1:
+        torch.distributed.all_reduce(total, group=group)
+    for grad in grads:
+        grad.copy_(total)
 
 
 def _store_bucket_padding(stage: DistributedDataParallel) -> None:
@@ -82,8 +105,8 @@ def build_optimizer(optim: Optim, stages: Sequence[DistributedDataParallel]) -> 
     for k, part in enumerate(PARTS):
         lr = getattr(optim, f"{part}_lr")
         lr = optim.lr if lr is None else lr
-        # megatron-core finds a stored group again by its multipliers, and no more by its learning rate: without a number
-        # of its own here, a part would get another part's state. Nothing multiplies with lr_mult any more.
+        # megatron-core finds a stored group again by its multipliers, not by its learning rate: without a number of
+        # its own here, a part would get another part's settings. Nothing multiplies with lr_mult any more.
         overrides[ParamKey(name=(f"{part}.*", f"module.{part}.*"))] = {
             "max_lr": lr,
             "min_lr": min(optim.min_lr, lr),
@@ -93,7 +116,8 @@ def build_optimizer(optim: Optim, stages: Sequence[DistributedDataParallel]) -> 
 
 
 def build_schedule(optim: Optim, optimizer: MegatronOptimizer, num_steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up from 0 over `optim.warmup` of all steps, then the chosen decay to `min_lr` at the last step."""
+    """Linear warm-up from 0 over `optim.warmup` of all steps, then the chosen decay. As with Hugging Face's schedules,
+    the rate belongs to the steps already done: `min_lr` would be that of one more step."""
     warmup = min(math.ceil(optim.warmup * num_steps), num_steps - 1)
     return OptimizerParamScheduler(
         optimizer,

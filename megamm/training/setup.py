@@ -5,25 +5,33 @@ What is wrong is found here, all of it at once, in seconds and without weights: 
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megamm.config.schema import Config, Data
+from megamm.config.check import find_problems
+from megamm.config.schema import Checkpoint, Config, Data
 from megamm.data.image import ImageFormat
 from megamm.data.indexed import Reader
+from megamm.data.tokenizer_files import tokenizer_hash
 from megamm.errors import CheckpointError, ConfigError, MegammError
+from megamm.log import get_logger
 from megamm.models.build import units
 from megamm.models.family import Family
 from megamm.models.options import VlmOptions
 from megamm.models.spec import Build
 from megamm.parallel.check import Sizes, find_size_problems
-from megamm.parallel.placement import Layout, Unit, auto_layout, parse_layout, step_flops
+from megamm.parallel.placement import Layout, Unit, choose_layout, step_flops
 from megamm.registry import family
-from megamm.weights.convert import INFO, CheckpointInfo, find_checkpoint, read_info
+from megamm.training.checkpoint import check_same_frozen, check_same_model, newest
+from megamm.weights.convert import HF_FILES, CheckpointInfo, find_checkpoint, read_info
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,58 +69,98 @@ class Plan:
         return sum(step_flops(flat, config.train.freeze))
 
 
-def plan(config: Config, world_size: int, needs_data: bool = True) -> Plan:
-    """Plan a run on `world_size` ranks. Raises ConfigError with every problem, CheckpointError or DataError for files.
+def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
+    """Plan a run on `world_size` ranks. Raises ConfigError with everything that keeps it from running.
 
-    needs_data: whether a missing dataset is an error; a dry run plans without one.
+    needs_files: whether a missing dataset or start, or a directory that cannot be written, is an error; a dry run plans
+    without them.
     """
-    of_family = family(config.model.family)
-    info, start = _read_info(config, of_family)
-    options = of_family.read(info.hf_config, info.tower_config)
-    reader = Reader(config.data.path) if needs_data or _exists(config.data.path) else None
-    tokens, images = _mean_sample(options, config.data, reader)
-    micro_batch = config.train.micro_batch
-    flat = units(
-        options,
-        num_tokens=tokens * micro_batch,
-        num_images=images * micro_batch,
-        seq_length=tokens,
-        bytes_per_value=4 if config.train.precision == "fp32" else 2,
-    )
-    problems = find_size_problems(config.parallel, part_sizes(options), flat)
+    of_config = find_problems(config, world_size)
+    problems = list(of_config)
+    model: _Model | None = None
+    with _noted(problems):
+        model = _read_model(config)
+    readers: dict[str, Reader] = {}
+    for name, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
+        if path and (needs_files or Path(f"{path}.json").exists()):
+            with _noted(problems, f"{name}: "):
+                readers[name] = Reader(path)
+    if needs_files:
+        problems += _run_dir_problems(config.checkpoint)
+    pretrained = config.model.pretrained
+    resumed = newest(config.checkpoint.dir)
+    goes_on = resumed is not None and config.checkpoint.resume
+    if resumed is not None and not config.checkpoint.resume and needs_files:
+        problems.append(
+            f"checkpoint.dir={config.checkpoint.dir} holds {resumed.name} of an earlier run, and checkpoint.resume is "
+            "False: choose another checkpoint.dir, or remove that run"
+        )
+    if pretrained is not None and not Path(pretrained).exists() and not goes_on and (needs_files or model is None):
+        problems.append(
+            f"model.pretrained={pretrained}: there is no such checkpoint. Make it with tools/checkpoint/"
+            "hf_to_megatron.py, or drop it (--model.pretrained None) and give model.config to draw the weights"
+        )
+    if model is None:
+        raise ConfigError(problems)
+
+    options = model.options
+    if min(config.parallel.tp, config.parallel.pp, config.parallel.virtual_stages) >= 1:
+        names_only = units(options, num_tokens=1, num_images=1, seq_length=1)
+        of_sizes = find_size_problems(config.parallel, part_sizes(options), names_only)
+        problems += of_sizes
+        if not of_config and not of_sizes:
+            problems += _interleaving_problems(config, choose_layout(config.parallel, names_only), world_size)
     if config.data.max_tokens > options.llm.max_positions:
         problems.append(
             f"data.max_tokens={config.data.max_tokens}: the llm was made for {options.llm.max_positions} positions; "
             "give at most that"
         )
-    if reader is not None and reader.info.get("family") != config.model.family:
-        problems.append(
-            f"data.path={config.data.path} was preprocessed for family {reader.info.get('family')}, "
-            f"model.family is {config.model.family}; preprocess it again with --family {config.model.family}"
-        )
+    for name, reader in readers.items():
+        problems += _data_problems(name, reader, model)
+    if resumed is not None and config.checkpoint.resume:
+        with _noted(problems, "checkpoint.dir: "):
+            check_same_model(resumed, model.info)
+            check_same_frozen(resumed, config.train.freeze)
     if problems:
         raise ConfigError(problems)
-    num_samples = len(reader) if reader is not None else None
+
+    data = readers.get("data.path")
+    tokens, images = _mean_sample(options, config.data, data)
+    flat = units(
+        options,
+        num_tokens=tokens * config.train.micro_batch,
+        num_images=images * config.train.micro_batch,
+        seq_length=tokens,
+        bytes_per_value=4 if config.train.precision == "fp32" else 2,
+    )
+    num_samples = len(data) if data is not None else None
     by_epochs = math.ceil(config.train.epochs * (num_samples or 0) / config.train.global_batch)
     return Plan(
-        family=of_family,
+        family=model.family,
         options=options,
-        info=info,
-        start=start,
+        info=model.info,
+        start=model.start,
         units=flat,
-        layout=choose_layout(config, flat),
+        layout=choose_layout(
+            config.parallel, flat, frozen=config.train.freeze, recompute=config.train.recompute == "full"
+        ),
         dp=world_size // (config.parallel.tp * config.parallel.pp),
         num_samples=num_samples,
         num_steps=config.train.steps or by_epochs,
     )
 
 
-def choose_layout(config: Config, flat: Sequence[Unit]) -> Layout:
-    """The cut that `parallel.layout` names, or the balanced one."""
-    parallel = config.parallel
-    if parallel.layout == "auto":
-        return auto_layout(flat, parallel.pp, frozen=config.train.freeze, recompute=config.train.recompute == "full")
-    return parse_layout(parallel.layout, flat, parallel.pp)
+def _interleaving_problems(config: Config, layout: Layout, world_size: int) -> list[str]:
+    """Virtual stages pass micro-batches on in groups of pp."""
+    parallel, train = config.parallel, config.train
+    at_once = train.micro_batch * (world_size // (parallel.tp * parallel.pp))
+    if layout.virtual == 1 or train.global_batch // at_once % parallel.pp == 0:
+        return []
+    return [
+        f"train.global_batch={train.global_batch} makes {train.global_batch // at_once} micro-batches per replica; "
+        f"{layout.virtual} virtual stages need a multiple of parallel.pp={parallel.pp} of them: legal is a multiple of "
+        f"{at_once * parallel.pp}"
+    ]
 
 
 def part_sizes(options: VlmOptions) -> dict[str, Sizes]:
@@ -136,39 +184,90 @@ def image_format(options: VlmOptions, data: Data) -> ImageFormat:
     )
 
 
-def _read_info(config: Config, of_family: Family) -> tuple[CheckpointInfo, Path | None]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Model:
     """What the model is, from `model.pretrained` where it is, else from `model.config`."""
-    model = config.model
+
+    family: Family
+    info: CheckpointInfo
+    options: VlmOptions
+    start: Path | None
+
+
+def _read_model(config: Config) -> _Model | None:
+    """None where nothing gives the sizes. Raises MegammError for what cannot be read."""
+    model, of_family = config.model, family(config.model.family)
+    start = None
     if model.pretrained is not None and Path(model.pretrained).exists():
         start = find_checkpoint(model.pretrained)
         info = read_info(start)
         if info.family != model.family:
             raise CheckpointError(
-                f"model.pretrained={start} is of family {info.family}, model.family is {model.family}"
+                f"model.pretrained={start} is of family {info.family}, model.family is {model.family}; give the one "
+                "that goes with the other"
             )
-        return info, start
-    if model.config is None:
-        missing = f"model.pretrained={model.pretrained} does not exist" if model.pretrained else "neither is given"
-        raise ConfigError(
-            [
-                f"model: {missing}; give model.pretrained, a checkpoint that tools/checkpoint/hf_to_megatron.py made, or "
-                "model.config, a config.json whose sizes are taken and whose weights are drawn"
-            ]
+    elif config.checkpoint.resume and (resumed := newest(config.checkpoint.dir)) is not None:
+        info = read_info(resumed)
+    elif model.config is not None:
+        info = CheckpointInfo(
+            family=model.family, dialect=of_family.export_dialect, hf_config=_config_json(model.config)
         )
-    return CheckpointInfo(
-        family=model.family, dialect=of_family.export_dialect, hf_config=_config_json(model.config)
-    ), None
+    else:
+        return None
+    return _Model(family=of_family, info=info, options=of_family.read(info.hf_config, info.tower_config), start=start)
 
 
 def _config_json(path: str) -> dict[str, Any]:
     try:
-        return json.loads(Path(path).read_text())
+        config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError([f"model.config={path} is not a readable config.json: {error}"]) from error
+    if not isinstance(config, dict):
+        raise ConfigError([f"model.config={path} is not a config.json: it holds no object"])
+    return config
 
 
-def _exists(prefix: str) -> bool:
-    return Path(f"{prefix}.json").exists()
+@contextmanager
+def _noted(problems: list[str], where: str = "") -> Iterator[None]:
+    """Add what is wrong in the block to `problems`, and go on behind it."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += [where + problem for problem in error.problems]
+    except MegammError as error:
+        problems.append(f"{where}{error}")
+
+
+def _data_problems(name: str, reader: Reader, model: _Model) -> list[str]:
+    """Whether a dataset was made for this model and with its tokenizer."""
+    problems = []
+    if reader.info.get("family") != model.info.family:
+        problems.append(
+            f"{name}={reader.prefix} was preprocessed for family {reader.info.get('family')}, model.family is "
+            f"{model.info.family}; preprocess it again with --family {model.info.family}"
+        )
+    if model.start is not None:
+        here = tokenizer_hash(model.start / HF_FILES)
+        there = tokenizer.get("hash") if isinstance(tokenizer := reader.info.get("tokenizer"), dict) else None
+        if here is None or there is None:
+            source = f"{name}={reader.prefix}" if there is None else model.start
+            log.info("%s has no tokenizer: not checked that the ids of the data are those of the model", source)
+        elif here != there:
+            problems.append(
+                f"{name}={reader.prefix} was preprocessed with another tokenizer ({there:.12}) than that of "
+                f"model.pretrained={model.start} ({here:.12}): its ids mean something else; preprocess it again with "
+                f"--tokenizer {model.start / HF_FILES}"
+            )
+    return problems
+
+
+def _run_dir_problems(checkpoint: Checkpoint) -> list[str]:
+    """Whether the directory of the run can be made or written to; it is not made yet."""
+    path = Path(checkpoint.dir).absolute()
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return []
+    return [f"checkpoint.dir={checkpoint.dir} cannot be written: {nearest} is no directory that you may write to"]
 
 
 def _mean_sample(options: VlmOptions, data: Data, reader: Reader | None) -> tuple[float, float]:
@@ -177,12 +276,3 @@ def _mean_sample(options: VlmOptions, data: Data, reader: Reader | None) -> tupl
         return float(data.max_tokens), 1.0
     tokens = reader.num_ids + reader.num_images * (options.tokens_per_image - 1)
     return float(np.minimum(tokens, data.max_tokens).mean()), float(reader.num_images.mean())
-
-
-def must_start_from_weights(config: Config, found: Plan) -> None:
-    """A run whose `model.pretrained` is missing must not silently draw its weights. Raises MegammError."""
-    if config.model.pretrained is not None and found.start is None:
-        raise MegammError(
-            f"model.pretrained={config.model.pretrained} has no {INFO}: it is not there. Make it with "
-            "tools/checkpoint/hf_to_megatron.py, or drop it (--model.pretrained None) to draw the weights"
-        )

@@ -5,7 +5,7 @@ micro-batch size nor the layout changes the result.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,12 +31,8 @@ class StepResult:
 
     loss: float
     """Mean over the supervised tokens of the global batch."""
-    num_targets: int
-    """Supervised tokens of the global batch."""
     grad_norm: float
     """Global L2 norm of the gradients before clipping."""
-    was_updated: bool
-    """False if the optimizer refused the step because of a gradient that is not finite."""
 
 
 def train_step(stages: Stages, optimizer: MegatronOptimizer, batches: Sequence[Batch]) -> StepResult:
@@ -47,9 +43,9 @@ def train_step(stages: Stages, optimizer: MegatronOptimizer, batches: Sequence[B
     for stage in stages:
         stage.zero_grad_buffer()
     optimizer.zero_grad()
-    loss, num_targets = mean_loss(run_pipeline(stages, batches))
-    was_updated, grad_norm, _ = optimizer.step()
-    return StepResult(loss=loss, num_targets=num_targets, grad_norm=float(grad_norm), was_updated=bool(was_updated))
+    loss, _ = mean_loss(run_pipeline(stages, batches))
+    _, grad_norm, _ = optimizer.step()
+    return StepResult(loss=loss, grad_norm=float(grad_norm))
 
 
 def forward_step(
@@ -98,6 +94,12 @@ def run_pipeline(
     )
 
 
+def fewest_batches(stages: Stages) -> int:
+    """The number of micro-batches must be a multiple of this: interleaving passes them on in groups of pp."""
+    config = get_model_config(stages[0])
+    return config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
+
+
 def mean_loss(reduced: Sequence[dict[str, Tensor]]) -> tuple[float, int]:
     """Mean loss and number of targets over all micro-batches of all ranks, the same on every rank.
 
@@ -116,6 +118,4 @@ def mean_loss(reduced: Sequence[dict[str, Tensor]]) -> tuple[float, int]:
 def to_device(batch: Batch) -> Batch:
     """The batch on this process's device; copies from pinned memory overlap with compute."""
     device = backend.current().device
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    moved = {k: x.to(device, non_blocking=True) for k, x in values.items() if isinstance(x, Tensor)}
-    return Batch(**{**values, **moved})
+    return batch.map(lambda x: x.to(device, non_blocking=True))

@@ -522,12 +522,17 @@ def read_info(directory: str | Path) -> CheckpointInfo:
         raise CheckpointError(f"{path} does not have the fields of a checkpoint: {error}") from error
 
 
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """The whole checkpoints `step_XXXXXXXX` of a run, oldest first."""
+    return sorted(step for step in Path(run_dir).glob("step_" + "[0-9]" * 8) if (step / INFO).exists())
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint directory at `path`, or the newest `step_XXXXXXXX` in the run directory `path`."""
     directory = Path(path)
     if (directory / INFO).exists():
         return directory
-    steps = sorted(step for step in directory.glob("step_" + "[0-9]" * 8) if (step / INFO).exists())
+    steps = checkpoints(directory)
     if not steps:
         raise CheckpointError(f"{path} is neither a megamm checkpoint ({INFO}) nor a run directory with step_XXXXXXXX")
     return steps[-1]
@@ -550,6 +555,8 @@ def copy_side_files(source: str | Path, target: str | Path) -> None:
     Kept tensors never change, so they are hard-linked where the file system can. megamm.json is `write_info`'s.
     """
     source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is gone: its kept tensors and tokenizer cannot go into {target}")
     if (source / KEPT).exists():
         try:
             os.link(source / KEPT, target / KEPT)

@@ -8,7 +8,7 @@ import torch
 from megamm.batch import IGNORE, IMAGE
 from megamm.data.image import ImageFormat, decode, to_pixels
 from megamm.data.indexed import Writer
-from megamm.data.loader import FILLER, Dataset, Loader, collate
+from megamm.data.loader import FILLER, Dataset, Loader, collate, grouped_order
 from megamm.errors import ConfigError, DataError
 
 TOKENS, SIZE, PAD = 4, 8, 0
@@ -140,6 +140,111 @@ def test_order_never_changes(make_dataset):
     assert [i - 1000 for i in stream] == [6, 7, 0, 3, 4, 1, 2, 5, 7, 6, 4, 3, 0, 1, 5, 2]
 
 
+def mixture(num, seed=0):
+    """Tokens and modality of samples like those of an instruction mix: one picture of 576 tokens and mostly short
+    answers, and an eighth long conversations without."""
+    draw = np.random.RandomState(seed)
+    has_images = draw.rand(num) > 0.125
+    words = np.exp(np.where(has_images, draw.normal(4.5, 0.8, num), draw.normal(6.0, 1.0, num))).astype(np.int64)
+    return np.minimum(words + 1 + 576 * has_images, 2048), has_images
+
+
+def padding(order, num_tokens, micro_batch):
+    """Share of the tokens of all micro-batches that are padding."""
+    tokens = num_tokens[order[: len(order) // micro_batch * micro_batch]].reshape(-1, micro_batch)
+    return 1 - tokens.sum() / (tokens.max(axis=1).sum() * micro_batch)
+
+
+@pytest.mark.parametrize("num", [0, 1, 31, 32, 1000])
+@pytest.mark.parametrize("head", [0, 5, 31])
+def test_grouped_order_has_every_sample_once_and_steps_of_one_modality(num, head):
+    num_tokens, has_images = mixture(num)
+    order = grouped_order(np.random.RandomState(1), num_tokens, has_images, 32, head)
+    assert sorted(order.tolist()) == list(range(num))
+    steps = order[head:]
+    num_whole = sum(np.count_nonzero(has_images[steps] == modality) // 32 for modality in (True, False))
+    for step in steps[: num_whole * 32].reshape(-1, 32):
+        assert len(set(has_images[step])) == 1  # the last steps have what is left of both
+        assert (np.diff(num_tokens[step]) <= 0).all()
+    assert len(steps) - num_whole * 32 < 2 * 32
+    if num == 1000:
+        modalities = has_images[steps[: num_whole * 32 : 32]]
+        assert np.count_nonzero(np.diff(modalities.astype(int))) > 3  # text comes between pictures, not at one end
+        assert order.tolist() != grouped_order(np.random.RandomState(2), num_tokens, has_images, 32, head).tolist()
+
+
+def lengths_dealt_out_like_llava(order, num_tokens, ranks, global_batch):
+    """llava_trainer.py, split_to_even_chunks: each next sample of a step goes to the chunk with the fewest tokens."""
+    dealt = []
+    for step in order[: len(order) // global_batch * global_batch].reshape(-1, global_batch):
+        chunks, sums = [[] for _ in range(ranks)], [0.0] * ranks
+        for sample in step:
+            least = sums.index(min(sums))
+            chunks[least].append(sample)
+            sums[least] += num_tokens[sample]
+            if len(chunks[least]) == global_batch // ranks:
+                sums[least] = float("inf")
+        dealt += sum(chunks, [])
+    return np.array(dealt)
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4, 16])
+def test_grouping_saves_padding(micro_batch):
+    num_tokens, has_images = mixture(12_800)
+    random = np.random.RandomState(0).permutation(len(num_tokens))
+    grouped = grouped_order(np.random.RandomState(0), num_tokens, has_images, 128)
+    llava = lengths_dealt_out_like_llava(grouped, num_tokens, 128 // micro_batch, 128)
+    shares = [padding(order, num_tokens, micro_batch) for order in (random, llava, grouped)]
+    print("padding of a random order, LLaVA's chunks, ours: " + ", ".join(f"{share:.1%}" for share in shares))
+    assert shares[2] < 0.3 * shares[0] and shares[2] < 0.3 * shares[1]
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch"), [(8, 2), (4, 4), (2, 16)])
+def test_ranks_of_a_grouped_step_have_about_the_same_to_do(dp_size, micro_batch):
+    num_tokens, has_images = mixture(12_800)
+    order = grouped_order(np.random.RandomState(0), num_tokens, has_images, 128)
+    for step in order[: 90 * 128].reshape(-1, 128):
+        padded = num_tokens[step].reshape(-1, dp_size, micro_batch).max(axis=2) * micro_batch
+        work = padded.sum(axis=0)
+        assert work.max() - work.min() <= micro_batch * (num_tokens[step].max() - num_tokens[step].min())
+
+
+@pytest.mark.parametrize(("num_samples", "most_mixed"), [(29, 3), (16, 1), (3, 3)])
+def test_grouped_steps_stay_whole_in_every_epoch(num_samples, most_mixed, make_dataset):
+    """Epochs do not end where steps end; each has every sample once, and its groups lie where the run's steps lie.
+    Mixed are the step that spans two epochs and those with what is left over of both modalities."""
+    source = dataset(make_dataset(num_samples), with_pixels=False)
+    options = {"dataset": source, "group_by_modality_length": True, "seed": 3}
+    steps = [first_ids(step) for step in take(loader(None, **options), num_samples)]  # of 4: four epochs
+    stream = sum(steps, [])
+    epochs = [stream[i : i + num_samples] for i in range(0, 4 * num_samples, num_samples)]
+    assert all(sorted(epoch) == list(range(1000, 1000 + num_samples)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    num_mixed = sum(len({(name - 1000) % 3 > 0 for name in step}) == 2 for step in steps)
+    assert num_mixed <= 4 * most_mixed
+
+
+def test_a_grouped_order_is_the_same_at_any_layout_and_after_a_resume(make_dataset):
+    source = dataset(make_dataset(29), with_pixels=False)
+    options = {"dataset": source, "group_by_modality_length": True, "seed": 5, "global_batch": 8}
+    whole = [first_ids(step) for step in take(loader(None, **options), 12)]  # more than three epochs
+    for dp_size, micro_batch, num_workers in ((1, 8, 0), (2, 1, 0), (2, 4, 1), (4, 2, 0), (8, 1, 0)):
+        layout = {"dp_size": dp_size, "micro_batch": micro_batch, "num_workers": num_workers} | options
+        ranks = [loader(None, dp_rank=rank, **layout) for rank in range(dp_size)]
+        first = list(zip(*(take(rank, 5) for rank in ranks), strict=True))
+        resumed = [loader(None, dp_rank=rank, **layout) for rank in range(dp_size)]
+        for rank in resumed:
+            rank.load_state_dict(ranks[0].state_dict())
+        steps = first + list(zip(*(take(rank, 7) for rank in resumed), strict=True))
+        assert [sorted(sum(map(first_ids, step), [])) for step in steps] == [sorted(step) for step in whole]
+
+
+def test_grouped_order_never_changes(make_dataset):
+    options = {"group_by_modality_length": True, "seed": 2**40 + 3, "global_batch": 2}
+    stream = sum((first_ids(step) for step in take(loader(make_dataset(9), **options), 9)), [])
+    assert [i - 1000 for i in stream] == [7, 2, 3, 0, 4, 1, 8, 5, 6, 4, 8, 7, 5, 1, 6, 3, 2, 0]
+
+
 def test_a_global_batch_may_span_epochs(make_dataset):
     steps = take(loader(make_dataset(3), global_batch=8), 3)
     stream = sum((first_ids(step) for step in steps), [])
@@ -152,7 +257,8 @@ def test_resume_is_exact_with_other_ranks_and_workers(make_dataset):
     running = loader(prefix, seed=5, dp_size=2, dp_rank=1, num_workers=2)
     take(running, 4)
     state = running.state_dict()
-    assert state == {"consumed": 16, "truncated": 0, "seed": 5, "shuffle": True, "samples": 13}
+    identity = {"seed": 5, "shuffle": True, "samples": 13, "group_by_modality_length": False, "global_batch": None}
+    assert state == {"consumed": 16, "truncated": 0} | identity
     resumed = loader(prefix, seed=5, micro_batch=2)
     resumed.load_state_dict(state)
     for a, b in zip(sum(whole[4:], []), sum(take(resumed, 5), []), strict=True):
@@ -169,13 +275,26 @@ def test_workers_change_nothing(make_dataset):
     assert all(same(a, b) for a, b in zip(sum(alone, []), sum(together, []), strict=True))
 
 
-@pytest.mark.parametrize("change", [{"seed": 6}, {"shuffle": False}, {"num": 12}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 6}, {"shuffle": False}, {"num": 12}, {"group_by_modality_length": False}, {"global_batch": 8}]
+)
 def test_state_of_another_order_is_refused(change, make_dataset):
-    state = loader(make_dataset(13), seed=5).state_dict()
-    num = change.pop("num", 13)
-    other = loader(make_dataset(num, "other"), **({"seed": 5} | change))
-    with pytest.raises(DataError, match="resume: the checkpoint read its data with .*; give it the same data"):
-        other.load_state_dict(state)
+    options = {"seed": 5, "group_by_modality_length": True}
+    state = loader(make_dataset(13), **options).state_dict()
+    num = change.get("num", 13)
+    options |= {key: value for key, value in change.items() if key != "num"}
+    with pytest.raises(DataError, match="resume: the checkpoint read its data with .*; give it the same, or start"):
+        loader(make_dataset(num, "other"), **options).load_state_dict(state)
+
+
+def test_a_random_order_goes_on_with_another_global_batch(make_dataset):
+    prefix = make_dataset(13)
+    running = loader(prefix, seed=5)
+    take(running, 2)
+    resumed = loader(prefix, seed=5, global_batch=2)
+    resumed.load_state_dict(running.state_dict())
+    expected = sum((first_ids(step) for step in take(loader(prefix, seed=5), 4)), [])
+    assert sum((first_ids(step) for step in take(resumed, 4)), []) == expected[8:]
 
 
 def test_cut_samples_are_counted_over_all_ranks(make_dataset):

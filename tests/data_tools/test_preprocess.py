@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megamm.data.image import ImageFormat
+from megamm.data.faults import REASONS
+from megamm.data.image import ImageFormat, decode
 from megamm.data.indexed import Reader
 from megamm.data.loader import Dataset
 from megamm.errors import DataError, MegammError
@@ -131,6 +132,102 @@ def test_bad_options_are_one_clear_message_and_write_nothing(changes, message, s
     with pytest.raises(MegammError, match=message):
         script.main(script.Options(**(inputs | changes)))
     assert not Path(inputs["output"]).parent.exists()
+
+
+def coded(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def photograph():
+    y, x = np.mgrid[:30, :40]
+    return Image.fromarray(np.stack([x * 6, y * 8, (x + y) % 7 * 30], axis=-1).astype(np.uint8))
+
+
+def turned():
+    exif = Image.Exif()
+    exif[274] = 6  # orientation: turn by 90 degrees
+    return coded(photograph(), "JPEG", exif=exif)
+
+
+UNUSUAL = {  # all named .jpg
+    "png": lambda: coded(photograph(), "PNG"),
+    "cmyk": lambda: coded(photograph().convert("CMYK"), "JPEG"),
+    "grey": lambda: coded(photograph().convert("L"), "JPEG"),
+    "palette": lambda: coded(photograph().quantize(16), "PNG"),
+    "palette with transparency": lambda: coded(photograph().quantize(16), "PNG", transparency=b"\x00\x80"),
+    "16 bit": lambda: coded(Image.fromarray((np.arange(1200).reshape(30, 40) * 50).astype(np.uint16)), "PNG"),
+    "exif orientation": turned,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_unusual_pictures_are_no_faults(script, inputs):
+    """Each ends as Pillow's `convert("RGB")`, in the orientation in which it is stored."""
+    items = []
+    for name, make in UNUSUAL.items():
+        (inputs["image_dir"] / f"{name}.jpg").write_bytes(make())
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": name}]
+        items.append({"image": f"{name}.jpg", "conversations": turns})
+    inputs["input"].write_text(json.dumps(items))
+    script.main(script.Options(**(inputs | {"max_bad": 0.0})))
+    reader = Reader(inputs["output"])
+    assert reader.info["skipped"] == {} and len(reader) == len(UNUSUAL)
+    for i, make in enumerate(UNUSUAL.values()):
+        with Image.open(io.BytesIO(make())) as picture:
+            expected = np.asarray(picture.convert("RGB"))
+        assert expected.shape == (30, 40, 3)
+        assert np.array_equal(decode(reader.image(i, 0)), expected)
+
+
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+FAULTY = {
+    "missing picture": ({"image": "absent.jpg"}, "image_missing"),
+    "empty picture": ({"image": "empty.jpg"}, "image_broken"),
+    "truncated picture": ({"image": "truncated.jpg"}, "image_broken"),
+    "a page instead of a picture": ({"image": "page.jpg"}, "image_broken"),
+    "a picture outside": ({"image": "../llava.json"}, "image_outside"),
+    "more markers than pictures": ({"conversations": TURNS + TURNS}, "marker_count"),
+    "a marker and no picture": ({"image": None}, "marker_count"),
+    "more pictures than markers": ({"image": ["1.jpg", "3.jpg"]}, "marker_count"),
+    "a picture and no marker": ({"conversations": [{"from": "human", "value": "What?"}, TURNS[1]]}, "marker_count"),
+    "no answer": ({"conversations": TURNS[:1]}, "no_answer"),
+    "empty answer": ({"conversations": [TURNS[0], {"from": "gpt", "value": " "}]}, "no_answer"),
+    "no turns": ({"conversations": []}, "no_answer"),
+    "two questions": ({"conversations": [TURNS[0], TURNS[0]]}, "bad_roles"),
+    "another role": ({"conversations": [TURNS[0], {"from": "bot", "value": "This."}]}, "bad_roles"),
+    "text instead of turns": ({"conversations": "USER: What? ASSISTANT: This."}, "bad_record"),
+    "turns without text": ({"conversations": [{"from": "human"}, {"from": "gpt"}]}, "bad_record"),
+    "answer is a number": ({"conversations": [TURNS[0], {"from": "gpt", "value": 7}]}, "bad_record"),
+}
+
+
+def test_faults_are_skipped_counted_and_listed_and_end_the_run_above_max_bad(script, inputs):
+    picture = (inputs["image_dir"] / "1.jpg").read_bytes()
+    for name, content in (("empty", b""), ("truncated", picture[:-200]), ("page", b"<html>404</html>")):
+        (inputs["image_dir"] / f"{name}.jpg").write_bytes(content)
+    good = {"image": "1.jpg", "conversations": TURNS}
+    faulty = [good | changes for changes, _ in FAULTY.values()]
+    inputs["input"].write_text(json.dumps([good, *faulty, good, good]))
+    share = len(faulty) / (len(faulty) + 3)
+
+    script.main(script.Options(**(inputs | {"max_bad": share})))
+    reader = Reader(inputs["output"])
+    assert len(reader) == 3
+    reasons = [reason for _, reason in FAULTY.values()]
+    assert reader.info["skipped"] == {reason: reasons.count(reason) for reason in reasons}
+    listed = [json.loads(line) for line in Path(inputs["output"] + ".skipped.jsonl").read_text().splitlines()]
+    assert [(item["where"], item["reason"]) for item in listed] == [
+        (f"llava.json item {i}", reason) for i, reason in enumerate(reasons, start=2)
+    ]
+    assert all(item["message"].startswith(REASONS[item["reason"]]) for item in listed)
+
+    inputs["output"] = str(Path(inputs["output"]).with_name("other"))
+    message = r"17 of 20 samples cannot be used .* --max-bad allows 84.90%; see .*mend the data"
+    with pytest.raises(DataError, match=message):
+        script.main(script.Options(**(inputs | {"max_bad": share - 0.001})))
+    assert [path.name for path in Path(inputs["output"]).parent.glob("other*")] == ["other.skipped.jsonl"]
 
 
 def test_command_line_ends_with_a_message_and_a_status(inputs):

@@ -231,17 +231,17 @@ def test_models_that_llava_cannot_be_are_refused(change, message):
 def build(tp: int, pp: int, hf_config: dict):
     """The stages of this rank, and the table."""
     backend.start("cpu")
-    groups.start_distributed()
-    groups.start(Parallel(tp=tp, pp=pp))
     options = llava.read(hf_config)
     table = llava.FAMILY.keys["hf"](options)
     layout = auto_layout(units(options, num_tokens=8, num_images=1, seq_length=8), pp)
+    groups.start_distributed()
+    groups.start(Parallel(tp=tp, pp=pp), layout)
     return build_stages(options, Build(tp=tp, layout=layout), table), table
 
 
 def describe_parameters(tp: int, pp: int, hf_config: dict) -> dict[str, tuple[int, ...]]:
     """Canonical name -> local shape of every parameter that this rank builds."""
-    return {name: tuple(p.shape) for name, p in canonical_parameters(build(tp, pp, hf_config)[0]).items()}
+    return {name: tuple(p.shape) for name, p in canonical_parameters(build(tp, pp, hf_config)[0])}
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (2, 2)])
@@ -262,7 +262,7 @@ def draw_and_sum(tp: int, pp: int, hf_config: dict) -> dict[str, float]:
     """Sums of the absolute values of the drawn local slices."""
     stages, table = build(tp, pp, hf_config)
     draw(stages, table, seed=3)
-    return {name: p.double().abs().sum().item() for name, p in canonical_parameters(stages).items()}
+    return {name: p.double().abs().sum().item() for name, p in canonical_parameters(stages)}
 
 
 def test_a_draw_depends_on_the_seed_and_not_on_the_layout(hf_config, pool):

@@ -28,10 +28,10 @@ def weights(kind: str) -> dict[str, torch.Tensor]:
 def project(kind: str, tp: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Output of the projector of this rank, and the whole gradients of its weights."""
     backend.start("cpu")
-    groups.start_distributed()
-    ranks = groups.start(Parallel(tp=tp))
     options = ProjectorOptions(kind=kind, in_size=IN, out_size=OUT)
-    layout = Layout(((Unit("projector", 1.0, 1, 1),),), 1)
+    layout = Layout((tuple(Unit(name, 1.0, 1, 1) for name in ("projector", "llm.embed", "llm.head")),), 1)
+    groups.start_distributed()
+    ranks = groups.start(Parallel(tp=tp), layout)
     module = Projector(options, projector_config(options, Build(tp=tp, layout=layout)))
     table, parameters = mlp.keys(options), dict(module.named_parameters())
     assert sorted(parameters) == sorted(entry.name for entry in table.entries())

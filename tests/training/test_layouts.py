@@ -1,13 +1,16 @@
 """The result of training depends on no layout, and a run goes on at any other layout."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megamm.config.schema import PARTS, Checkpoint, Config, Data, Model, Optim, Parallel, Train
+from megamm.registry import family
 from megamm.testing.data import random_dataset
-from megamm.weights.convert import StoredTensors
+from megamm.weights.convert import StoredTensors, export_hf, import_hf
 from tests.training import jobs
 
 STEPS = 20
@@ -19,8 +22,12 @@ LAYOUTS = {
     "tp2 pp2 sp": Parallel(tp=2, pp=2, sequence_parallel=True),
     "dp2": Parallel(),
     "tp2 dp2 sp": Parallel(tp=2, sequence_parallel=True),
+    "tp4 sp, more ranks than key/value groups": Parallel(tp=4, sequence_parallel=True),
+    "pp2 interleaved": Parallel(pp=2, virtual_stages=2),
+    "pp2 interleaved cut in the tower": Parallel(pp=2, layout="Vv|vvPE|t|ttL"),
+    "tp2 pp2 sp interleaved": Parallel(tp=2, pp=2, sequence_parallel=True, virtual_stages=3),
 }
-RANKS = {"tp2": 2, "tp2 sp": 2, "pp2": 2, "pp2 cut in the tower": 2, "tp2 pp2 sp": 4, "dp2": 2, "tp2 dp2 sp": 4}
+RANKS = {name: layout.tp * layout.pp * (2 if "dp2" in name else 1) for name, layout in LAYOUTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +39,7 @@ def config(tmp_path_factory, golden):
         model=Model(family="llava", config=str(golden / "llava/hf_native/hf/config.json")),
         data=Data(path=str(prefix), eval_path=str(prefix), max_tokens=40, num_workers=0),
         optim=Optim(lr=3e-3, warmup=0.1, weight_decay=0.1, projector_lr=1e-3),
-        train=Train(
-            global_batch=4, micro_batch=1, steps=STEPS, precision="fp32", eval_every_steps=10, eval_samples=7
-        ),
+        train=Train(global_batch=4, micro_batch=1, steps=STEPS, precision="fp32", eval_every_steps=10, eval_samples=7),
         checkpoint=Checkpoint(dir="set by each test", every_steps=10, keep_last=0),
     )
 
@@ -74,6 +79,13 @@ def test_losses_equal_those_of_one_rank(name, config, reference, pool, tmp_path)
     assert_same(lines, reference[1])
 
 
+@pytest.mark.slow
+def test_losses_on_eight_ranks_equal_those_of_one(config, reference, pool8, tmp_path):
+    parallel = Parallel(tp=2, pp=2, virtual_stages=2, sequence_parallel=True)
+    lines = pool8.run(jobs.train, at(config, tmp_path, parallel, recompute="full"), ranks=8)[0]
+    assert_same(lines, reference[1])
+
+
 def test_recomputation_changes_nothing(config, reference, pool, tmp_path):
     lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS["tp2 pp2 sp"], recompute="full"), ranks=4)[0]
     assert_same(lines, reference[1])
@@ -82,14 +94,18 @@ def test_recomputation_changes_nothing(config, reference, pool, tmp_path):
 @pytest.mark.parametrize("freeze", [("vision",), ("vision", "llm"), ("llm",), ("vision", "projector")])
 def test_frozen_parts_stay_as_they_are(freeze, config, pool, tmp_path):
     """At every layout the same losses, and the frozen tensors of the last checkpoint are those of the first."""
-    short = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6, recompute="full"))
     short = dataclasses.replace(
-        short, checkpoint=dataclasses.replace(config.checkpoint, every_steps=1), data=Data(path=config.data.path)
+        config,
+        data=dataclasses.replace(config.data, eval_path=None),
+        train=dataclasses.replace(config.train, steps=4, recompute="full", eval_every_steps=0),
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=2),
     )
     expected = pool.run(jobs.train, at(short, tmp_path / "one", freeze=freeze), ranks=1)[0]
-    found = pool.run(jobs.train, at(short, tmp_path / "four", LAYOUTS["tp2 pp2 sp"], freeze=freeze), ranks=4)[0]
-    assert_same(found, expected)
-    first, last = (StoredTensors(tmp_path / f"four/step_0000000{step}") for step in (1, 6))
+    for layout in ("tp2 pp2 sp", "pp2 interleaved cut in the tower"):
+        directory = tmp_path / "four" if layout == "tp2 pp2 sp" else tmp_path / layout
+        found = pool.run(jobs.train, at(short, directory, LAYOUTS[layout], freeze=freeze), ranks=RANKS[layout])[0]
+        assert_same(found, expected)
+    first, last = (StoredTensors(tmp_path / f"four/step_0000000{step}") for step in (2, 4))
     for name in first.infos:
         part = name.split(".")[0]
         if part in PARTS:
@@ -105,10 +121,76 @@ def test_losses_do_not_depend_on_the_micro_batch(micro_batch, config, reference,
 
 @pytest.mark.parametrize(
     ("saved_at", "resumed_at"),
-    [("tp2 pp2 sp", "dp2"), ("dp2", "pp2 cut in the tower"), ("pp2", "tp2 dp2 sp")],
+    [
+        ("tp2 pp2 sp", "dp2"),
+        ("dp2", "pp2 interleaved cut in the tower"),
+        ("pp2 cut in the tower", "tp2 dp2 sp"),
+        ("tp2 pp2 sp interleaved", "pp2"),
+    ],
 )
 def test_a_run_saved_in_one_layout_goes_on_in_another(saved_at, resumed_at, config, reference, pool, tmp_path):
     first = at(config, tmp_path, LAYOUTS[saved_at])
     pool.run(jobs.train_until, first, 10, ranks=RANKS[saved_at])
     lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS[resumed_at]), ranks=RANKS[resumed_at])[0]
     assert_same(lines, reference[1])
+
+
+def test_behind_frozen_parts_no_gradient_is_computed_or_sent(config, pool, tmp_path):
+    layout = Parallel(pp=2, layout="Vvvv|PEtttL")
+    short = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, eval_path=None),
+        train=dataclasses.replace(config.train, steps=2, eval_every_steps=0),
+    )
+    sent = pool.run(jobs.backward_messages, at(short, tmp_path / "frozen", layout, freeze=("vision",)), ranks=2)
+    assert sent == [[], [1] * 8]
+    sent = pool.run(jobs.backward_messages, at(short, tmp_path / "trained", layout), ranks=2)
+    assert len(sent[1]) == 8 and min(sent[1]) > 100
+
+
+def test_a_run_with_several_gradient_buckets_is_saved_and_goes_on(config, reference, pool, tmp_path):
+    parallel = LAYOUTS["dp2"]
+    lines, buckets = pool.run(jobs.train_in_buckets, at(config, tmp_path, parallel), ranks=2)[0]
+    assert buckets > 2
+    assert_same(lines, reference[1])
+    jobs.drop_after(tmp_path, 10)
+    lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS["tp2 pp2 sp"]), ranks=4)[0]
+    assert_same(lines, reference[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "ranks"),
+    [
+        (Parallel(pp=2, layout="Vv|vvPE|t|ttL"), 2),
+        (Parallel(pp=2, virtual_stages=3), 2),
+        (Parallel(tp=2, pp=2, virtual_stages=2, sequence_parallel=True), 4),
+    ],
+    ids=["pp2 x 2", "pp2 x 3", "tp2 pp2 x 2 sp"],
+)
+def test_200_interleaved_steps_are_all_the_same(parallel, ranks, config, pool, tmp_path):
+    results = pool.run(jobs.repeat, at(config, tmp_path, parallel, global_batch=8), 200, ranks=ranks)
+    assert all(len(set(of_rank)) == 1 for of_rank in results)
+    assert results[0][0][0] > 1.0
+
+
+def test_kept_tensors_and_tokenizer_outlive_the_checkpoints_they_came_from(config, golden, pool, tmp_path):
+    """With one checkpoint kept and a resume in between, the export is still complete."""
+    hf = golden / "llava/hf_native/hf"
+    source = tmp_path / "hf"
+    shutil.copytree(hf, source)
+    (source / "tokenizer_config.json").write_text("{}")
+    import_hf(source, None, [family("llava")], tmp_path / "start")
+    short = dataclasses.replace(
+        at(config, tmp_path / "run", steps=4, eval_every_steps=0),
+        model=Model(family="llava", pretrained=str(tmp_path / "start")),
+        data=dataclasses.replace(config.data, eval_path=None),
+        checkpoint=Checkpoint(dir=str(tmp_path / "run"), every_steps=1, keep_last=1),
+    )
+    pool.run(jobs.train, short, ranks=1)
+    longer = dataclasses.replace(short, train=dataclasses.replace(short.train, steps=7))
+    pool.run(jobs.train, longer, ranks=1)
+    assert [path.name for path in tmp_path.glob("run/step_*")] == ["step_00000007"]
+    export_hf(tmp_path / "run", family("llava"), tmp_path / "back")
+    assert load_file(tmp_path / "back/model.safetensors").keys() == load_file(hf / "model.safetensors").keys()
+    assert (tmp_path / "back/tokenizer_config.json").exists()

@@ -28,6 +28,7 @@ class Decoder(GPTModel):
             max_sequence_length=options.max_positions,
             pre_process=stage.has("llm.embed"),
             post_process=stage.has("llm.head"),
+            share_embeddings_and_output_weights=options.has_tied_embeddings,
             position_embedding_type="rope",
             rotary_base=options.rope_theta,
             scatter_embedding_sequence_parallel=False,
@@ -38,6 +39,27 @@ class Decoder(GPTModel):
             first = rows * parallel_state.get_tensor_model_parallel_rank()
             self._num_real_columns = max(0, min(rows, options.vocab_size - first))
             self.output_layer.register_forward_hook(self._silence_padding)
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Mark the copies of a tied embedding; megatron-core does it for the first and the last stage only.
+
+        `shared_embedding` puts a copy in a gradient bucket of its own, `shared` keeps the head's copy out of the global
+        gradient norm. Values come from `parameters.fill` or a checkpoint, which give both copies the same.
+        """
+        if not self.share_embeddings_and_output_weights:
+            return
+        weight = self.shared_embedding_or_output_weight()
+        if self.pre_process and self.post_process:
+            weight.zero_out_wgrad = True
+        elif weight is not None:
+            weight.shared_embedding = True
+            weight.shared = self.post_process
+
+    @property
+    def tied_copy(self) -> torch.nn.Parameter | None:
+        """This stage's copy of a tied embedding whose other copy lies in another stage; None where there is none."""
+        is_copy = self.share_embeddings_and_output_weights and self.pre_process != self.post_process
+        return self.shared_embedding_or_output_weight() if is_copy else None
 
     def _silence_padding(self, _: torch.nn.Module, __: tuple, output: tuple[Tensor, Tensor | None]) -> None:
         """Padded vocabulary rows must not enter a softmax: their logits become -inf, their gradient zero."""

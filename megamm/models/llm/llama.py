@@ -52,9 +52,10 @@ def keys(options: LlmOptions) -> KeyMap:
         ),
         Row(ours + "mlp.linear_fc2.weight", (layer + "mlp.down_proj.weight",), (h, f), tp="row"),
         Row("decoder.final_layernorm.weight", ("model.norm.weight",), (h,)),
-        Row("output_layer.weight", ("lm_head.weight",), (vocab, h), tp="vocab"),
         Keep(attention + "rotary_emb.inv_freq"),
     )
+    if not options.has_tied_embeddings:
+        rows += (Row("output_layer.weight", ("lm_head.weight",), (vocab, h), tp="vocab"),)
     return KeyMap(
         rows,
         Dims(
@@ -79,8 +80,6 @@ def from_hf(config: dict[str, Any]) -> LlmOptions:
     kind = rope.get("rope_type", scaling.get("rope_type", scaling.get("type", "default")))
     if kind != "default":
         raise CheckpointError(f"config.json: rotary scaling {kind!r} is not supported, only the default")
-    if get("tie_word_embeddings"):
-        raise CheckpointError("config.json: llama with tie_word_embeddings true is not supported")
     return LlmOptions(
         num_layers=get("num_hidden_layers"),
         hidden_size=get("hidden_size"),
@@ -93,6 +92,7 @@ def from_hf(config: dict[str, Any]) -> LlmOptions:
         norm="RMSNorm",
         norm_eps=get("rms_norm_eps"),
         rope_theta=float(rope.get("rope_theta", get("rope_theta"))),
+        has_tied_embeddings=get("tie_word_embeddings"),
     )
 
 
@@ -111,7 +111,7 @@ def to_hf(options: LlmOptions, source: dict[str, Any]) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": options.max_positions,
         "rms_norm_eps": options.norm_eps,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": options.has_tied_embeddings,
     }
     out = overlay(source, known, {**DEFAULTS, "num_key_value_heads": heads, "head_dim": options.hidden_size // heads})
     if "rope_parameters" in source:
