@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-fast check clean
+.PHONY: help quickstart test test-fast test-soak check clean
 
 FAMILY ?= llava
 PYTHONS ?= python3 python3.14 python3.13 python3.12 python3.11
@@ -15,8 +15,11 @@ help: ## show this list
 quickstart: .venv/installed ## draw data, train a tiny model on 2 cores, export it, caption pictures (FAMILY=llava)
 	.venv/bin/python examples/quickstart/run.py --family $(FAMILY)
 
-test: .venv/installed ## all tests
-	.venv/bin/python -m pytest -m ""
+test: .venv/installed ## all tests but the soaks
+	.venv/bin/python -m pytest -m "not soak"
+
+test-soak: .venv/installed ## what shows a race only when it is repeated hundreds of times
+	.venv/bin/python -m pytest -m soak
 
 test-fast: .venv/installed ## the tests that are not slow
 	.venv/bin/python -m pytest

@@ -158,7 +158,7 @@ def test_a_run_with_several_gradient_buckets_is_saved_and_goes_on(config, refere
     assert_same(lines, reference[1])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("parallel", "ranks"),
     [
