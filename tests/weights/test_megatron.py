@@ -15,6 +15,7 @@ from megamm.models.family import Family
 from megamm.models.llm import llama
 from megamm.models.options import LlmOptions
 from megamm.parallel import groups
+from megamm.parallel.placement import Layout, Unit
 from megamm.weights import convert
 from megamm.weights.hf import HfSource
 from tests.weights.tiny import write_release
@@ -56,7 +57,8 @@ def load_and_save(hf, checkpoint, saved, tp):
     """On each rank: load at this layout, compare with slices cut straight from the release, let megatron save."""
     backend.start("cpu")
     groups.start_distributed()
-    ranks = groups.start(Parallel(tp=tp))
+    layout = Layout((tuple(Unit(name, 1.0, 1, 1) for name in ("llm.embed", "llm.layer.0", "llm.head")),), 1)
+    ranks = groups.start(Parallel(tp=tp), layout)
     config = TransformerConfig(
         num_layers=OPTIONS.num_layers, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
         kv_channels=8, tensor_model_parallel_size=tp, normalization="RMSNorm", gated_linear_unit=True,
