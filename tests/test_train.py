@@ -161,7 +161,7 @@ BAD: dict[str, tuple[list[str], Callable[[Path], object], list[str]]] = {
     ),
     "run of another model": ([], run_of_another_model, ["checkpoint.dir: run/step_00000001", "differs in text_config"]),
     "run directory": (["--checkpoint.dir", "set.json/run"], nothing, ["checkpoint.dir=set.json/run cannot be written"]),
-    "no GPU": (["--train.backend", "gpu"], nothing, ["GPU"]),
+    "no GPU": (["--train.backend", "gpu"], nothing, ["gpu"]),  # or, after another test: this process runs on cpu
 }
 
 
