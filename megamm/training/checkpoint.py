@@ -1,7 +1,7 @@
 """Checkpoints of a run: weights, optimizer, schedule and data position. Written aside, renamed, loaded at any layout.
 
 A checkpoint `step_XXXXXXXX/` holds megatron's `torch_dist` files with global tensors under canonical names, and beside
-them what megamm/weights/convert.py describes, so that every tool reads it as it reads an imported one.
+them what megamm/weights/directory.py describes, so that every tool reads it as it reads an imported one.
 """
 
 import json
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megamm.errors import CheckpointError
 from megamm.models.vlm import VLM
-from megamm.weights.convert import CheckpointInfo, checkpoints, copy_side_files, read_info, write_info
+from megamm.weights.directory import CheckpointInfo, checkpoints, copy_side_files, read_info, write_info
 
 RECIPE = "recipe.json"
 """The resolved configuration, as `megamm.train` takes it for a recipe."""

@@ -29,7 +29,7 @@ from megamm.parallel.check import Sizes, find_size_problems
 from megamm.parallel.placement import Layout, Unit, choose_layout, step_flops
 from megamm.registry import family
 from megamm.training.checkpoint import check_same_frozen, check_same_model, newest
-from megamm.weights.convert import HF_FILES, CheckpointInfo, find_checkpoint, read_info
+from megamm.weights.directory import HF_FILES, CheckpointInfo, find_checkpoint, read_info
 
 log = get_logger(__name__)
 

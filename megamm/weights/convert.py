@@ -1,73 +1,43 @@
 """Hugging Face directory -> megamm checkpoint -> Hugging Face directory, one tensor in memory, no model built.
 
-A megamm checkpoint is a directory of
-
-- megatron's `torch_dist` files (`.metadata`, `*.distcp`, `metadata.json`, `common.pt`): global tensors under canonical
-  names, which `megatron.core.dist_checkpointing.load` reads at every layout. A training checkpoint has optimizer state
-  beside them, under names that start with something else than a part of the model;
-- `megamm.json`: what this is and what it was imported from (CheckpointInfo);
-- `kept.safetensors`: tensors that the release stores and the forward never uses, under their Hugging Face names;
-- `hf_files/`: tokenizer and processor files of the release, so that an export can be loaded.
-
 Tables come from a family, which is passed in; this file names none.
 """
 
-import math
-import os
 import shutil
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from pickle import Unpickler, UnpicklingError
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
 from megamm.errors import CheckpointError
+from megamm.weights.directory import (
+    HF_FILES,
+    INFO,
+    KEPT,
+    TOWER,
+    CheckpointInfo,
+    copy_hf_files,
+    find_checkpoint,
+    read_info,
+    write_info,
+)
 from megamm.weights.draw import draw
 from megamm.weights.hf import (
     CONFIG,
-    DTYPES,
     HfSource,
     HfWriter,
     TensorInfo,
     has_weights,
     new_directory,
     read_config,
-    read_json,
     write_json,
 )
 from megamm.weights.keymap import Entry, KeyMap, fill, match
-
-FORMAT_VERSION = 1
-INFO = "megamm.json"
-KEPT = "kept.safetensors"
-HF_FILES = "hf_files"
-TOWER = "vision_tower"
-"""Folder of an export in a dialect whose config.json leaves the tower's sizes out: the tower's own config.json."""
-
-_HF_FILE_PATTERNS = (
-    "added_tokens*", "chat_template*", "generation_config*", "merges*", "*.model", "*preprocessor_config*",
-    "processor_config*", "special_tokens_map*", "tokenizer*", "vocab*",
-)  # fmt: skip
-_HF_FILE_SUFFIXES = {".jinja", ".json", ".model", ".tiktoken", ".txt"}
+from megamm.weights.torch_dist import StoredTensors, save_torch_dist
 
 
 class FamilyTables(Protocol):
@@ -85,19 +55,6 @@ class FamilyTables(Protocol):
     def drawn(self) -> tuple[str, ...]: ...
     @property
     def keys(self) -> Mapping[str, Callable[[Any], KeyMap]]: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointInfo:
-    """What a checkpoint is, as its megamm.json says."""
-
-    family: str
-    dialect: str
-    """The dialect imported from, in which kept.safetensors is written; the default one of an export."""
-    hf_config: dict[str, Any]
-    """The config.json imported from, word for word."""
-    tower_config: dict[str, Any] | None = None
-    """The config.json of the vision tower's own directory, word for word; None: it was not given, or has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -364,203 +321,3 @@ def _export_entry(entry: Entry, stored: "StoredTensors", writer: HfWriter) -> No
     """A function of its own so that its tensors are gone before the next one is read."""
     for name, tensor in zip(entry.hf, entry.unpack(stored.read(entry.name)), strict=True):
         writer.write(name, tensor)
-
-
-# ---- megatron's torch_dist format, streamed ----
-
-
-def save_torch_dist(directory: Path, metas: Mapping[str, Tensor], load: Callable[[str], Tensor]) -> None:
-    """Write global tensors as a checkpoint that `megatron.core.dist_checkpointing.load` reads at every layout.
-
-    `metas` gives names, shapes and dtypes as meta tensors; `load(name)` is called once per tensor, just before it is
-    written, in this process alone. megatron's own save would need all tensors, a process group and a built model.
-    """
-    with _first_failure(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as is meant here
-        state_dict_saver.save(
-            dict(metas), storage_writer=_TensorByTensorWriter(directory), planner=_LazyPlanner(load), no_dist=True
-        )
-    torch.save({}, directory / "common.pt")  # megatron's "common state", which it insists on reading
-    write_json(
-        directory / "metadata.json",
-        {
-            "sharded_backend": "torch_dist",
-            "sharded_backend_version": 1,
-            "common_backend": "torch",
-            "common_backend_version": 1,
-        },
-    )
-
-
-class _LazyPlanner(DefaultSavePlanner):
-    """Plans with meta tensors and gets the data of each only when it is written."""
-
-    def __init__(self, load: Callable[[str], Tensor]):
-        super().__init__(flatten_state_dict=False)
-        self._load = load
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._load(write_item.index.fqn)
-
-
-class _TensorByTensorWriter(FileSystemWriter):
-    """Writes each tensor in a call of its own: within one call torch holds a tensor until it has the next one, too."""
-
-    def __init__(self, directory: Path):
-        super().__init__(directory, single_file_per_rank=False, thread_count=1)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results: list[WriteResult] = []
-        for number, item in enumerate(plan.items):
-            place = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
-            results += super().write_data(replace(plan, items=[item], storage_data=place), planner).wait()
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
-
-
-class StoredTensors(FileSystemReader):
-    """The global tensors of a checkpoint directory, those of an optimizer included, each read when asked for.
-
-    Reads what `save_torch_dist` wrote and what megatron wrote from any layout. CheckpointError: no such checkpoint.
-    """
-
-    def __init__(self, directory: str | Path):
-        super().__init__(directory)
-        self._directory = Path(directory)
-        try:
-            with (self._directory / ".metadata").open("rb") as file:
-                self._metadata: Metadata = _MetadataUnpickler(file).load()
-        except (OSError, EOFError, UnpicklingError) as error:
-            raise CheckpointError(
-                f"{directory}/.metadata cannot be read ({error}): it is no whole checkpoint"
-            ) from error
-        self.infos: dict[str, TensorInfo] = {
-            name: TensorInfo(tuple(stored.size), stored.properties.dtype)
-            for name, stored in self._metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata)
-        }
-
-    def read(self, name: str) -> Tensor:
-        """One global tensor, in its stored dtype."""
-        stored = self._metadata.state_dict_metadata[name]
-        assert isinstance(stored, TensorStorageMetadata)
-        if len(stored.chunks) == 1:  # torch's own load would copy it into a second tensor
-            return self._read_chunk(name, stored.chunks[0])
-        if sum(math.prod(chunk.sizes) for chunk in stored.chunks) != self.infos[name].num_elements:
-            raise CheckpointError(f"{self._directory} does not hold all of {name}; it is not whole")
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        for chunk in stored.chunks:
-            place = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-            tensor[place] = self._read_chunk(name, chunk)
-        return tensor
-
-    def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-        path = self._directory / place.relative_path
-        try:
-            with path.open("rb") as file:
-                return torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, UnpicklingError) as error:
-            raise CheckpointError(f"cannot read {name} from {path} ({error}): the checkpoint is not whole") from error
-
-
-class _MetadataUnpickler(Unpickler):
-    """Reads `.metadata`, which torch writes as a pickle, and makes nothing but what torch puts there."""
-
-    _LEGAL = {
-        "pathlib": {"PosixPath", "WindowsPath"},
-        "pathlib._local": {"PosixPath", "WindowsPath"},  # Python 3.13 only
-        "torch": {"Size", *(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())},
-        "torch.serialization": {"_get_layout"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.planner": {
-            "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
-        },
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The class of that name, if it is one of those."""
-        if name not in self._LEGAL.get(module, ()):
-            raise UnpicklingError(f"it holds {module}.{name}, which does not belong there")
-        return super().find_class(module, name)
-
-
-@contextmanager
-def _first_failure() -> Iterator[None]:
-    """torch wraps what goes wrong in a process into an exception of its own; give back the first one."""
-    try:
-        yield
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from error
-
-
-# ---- what lies beside the weights ----
-
-
-def write_info(directory: str | Path, info: CheckpointInfo) -> None:
-    """Write a checkpoint's megamm.json."""
-    write_json(Path(directory) / INFO, {"format": FORMAT_VERSION, **asdict(info)})
-
-
-def read_info(directory: str | Path) -> CheckpointInfo:
-    """Read a checkpoint's megamm.json. CheckpointError: absent, or of a format that this version does not know."""
-    path = Path(directory) / INFO
-    if not path.exists():
-        raise CheckpointError(f"{directory} is no megamm checkpoint: it has no {INFO}")
-    fields = read_json(path)
-    version = fields.pop("format", None)
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format {version!r}; this version of megamm reads format {FORMAT_VERSION}")
-    try:
-        return CheckpointInfo(**fields)
-    except TypeError as error:
-        raise CheckpointError(f"{path} does not have the fields of a checkpoint: {error}") from error
-
-
-def checkpoints(run_dir: str | Path) -> list[Path]:
-    """The whole checkpoints `step_XXXXXXXX` of a run, oldest first."""
-    return sorted(step for step in Path(run_dir).glob("step_" + "[0-9]" * 8) if (step / INFO).exists())
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint directory at `path`, or the newest `step_XXXXXXXX` in the run directory `path`."""
-    directory = Path(path)
-    if (directory / INFO).exists():
-        return directory
-    steps = checkpoints(directory)
-    if not steps:
-        raise CheckpointError(f"{path} is neither a megamm checkpoint ({INFO}) nor a run directory with step_XXXXXXXX")
-    return steps[-1]
-
-
-def copy_hf_files(hf_dir: str | Path, checkpoint_dir: str | Path) -> list[str]:
-    """Copy tokenizer and processor files, never weights or code, into a checkpoint's hf_files/; returns their names."""
-    target = Path(checkpoint_dir) / HF_FILES
-    target.mkdir(exist_ok=True)
-    files = {path for pattern in _HF_FILE_PATTERNS for path in Path(hf_dir).glob(pattern)}
-    chosen = sorted(path for path in files if path.is_file() and path.suffix in _HF_FILE_SUFFIXES)
-    for path in chosen:
-        shutil.copyfile(path, target / path.name)
-    return [path.name for path in chosen]
-
-
-def copy_side_files(source: str | Path, target: str | Path) -> None:
-    """Give checkpoint directory `target` what lies beside the weights of `source`: kept tensors and hf_files/.
-
-    Kept tensors never change, so they are hard-linked where the file system can. megamm.json is `write_info`'s.
-    """
-    source, target = Path(source), Path(target)
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is gone: its kept tensors and tokenizer cannot go into {target}")
-    if (source / KEPT).exists():
-        try:
-            os.link(source / KEPT, target / KEPT)
-        except OSError:  # another file system, or one without hard links
-            shutil.copyfile(source / KEPT, target / KEPT)
-    if (source / HF_FILES).is_dir():
-        shutil.copytree(source / HF_FILES, target / HF_FILES, dirs_exist_ok=True)

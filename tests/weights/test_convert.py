@@ -19,18 +19,12 @@ from transformers import LlavaForConditionalGeneration
 
 from megamm.errors import CheckpointError
 from megamm.models import llava
-from megamm.weights import convert
-from megamm.weights.convert import (
-    StoredTensors,
-    export_hf,
-    find_checkpoint,
-    import_hf,
-    open_hf,
-    open_start,
-    read_info,
-)
+from megamm.weights import convert, directory, torch_dist
+from megamm.weights.convert import export_hf, import_hf, open_hf, open_start
+from megamm.weights.directory import find_checkpoint, read_info
 from megamm.weights.draw import draw
 from megamm.weights.hf import HfSource, read_config
+from megamm.weights.torch_dist import StoredTensors
 from tests.weights import tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava" / "hf_native" / "hf"
@@ -69,7 +63,7 @@ def test_llava_round_trip_gives_back_every_bit(tmp_path):
     export_hf(tmp_path / "checkpoint", llava.FAMILY, tmp_path / "back")
     assert_same(loaded(tmp_path / "back"), load_file(GOLDEN / "model.safetensors"))
     assert read_config(tmp_path / "back") == read_config(GOLDEN)
-    kept = HfSource.of_file(tmp_path / "checkpoint" / convert.KEPT).infos
+    kept = HfSource.of_file(tmp_path / "checkpoint" / directory.KEPT).infos
     assert len(kept) == 18 and all("layers.3." in name or "post_layernorm" in name for name in kept)
 
 
@@ -77,7 +71,7 @@ def test_llava_round_trip_gives_back_every_bit(tmp_path):
 def test_llava_is_imported_from_every_dialect_it_is_exported_in(tmp_path, dialect):
     import_hf(GOLDEN, None, [llava.FAMILY], tmp_path / "first")
     export_hf(tmp_path / "first", llava.FAMILY, tmp_path / "spelt", dialect)
-    tower = tmp_path / "spelt" / convert.TOWER if dialect == "original" else None
+    tower = tmp_path / "spelt" / directory.TOWER if dialect == "original" else None
     assert import_hf(tmp_path / "spelt", tower, [llava.FAMILY], tmp_path / "second").dialect == dialect
     export_hf(tmp_path / "second", llava.FAMILY, tmp_path / "back", "hf")
     assert_same(loaded(tmp_path / "back"), load_file(GOLDEN / "model.safetensors"))
@@ -114,7 +108,7 @@ def test_the_original_spelling_comes_back_bit_for_bit(tmp_path):
     export_hf(tmp_path / "checkpoint", llava.FAMILY, tmp_path / "back")
     assert_same(loaded(tmp_path / "back"), original() | position_ids)
     assert read_config(tmp_path / "back") == read_config(ORIGINAL)
-    assert read_config(tmp_path / "back" / convert.TOWER) == info.tower_config
+    assert read_config(tmp_path / "back" / directory.TOWER) == info.tower_config
 
 
 @pytest.mark.parametrize("num_shards, index", [(1, False), (3, False), (3, True)])
@@ -193,7 +187,7 @@ def test_a_start_is_copied_and_drawn_whatever_the_layout(tmp_path):
     prefix = "model.vision_tower.vision_tower."
     assert_same({k.removeprefix(prefix): v for k, v in back.items() if "vision_tower" in k},
                 {k: v for k, v in tower.items() if k.startswith("vision_model.")})  # fmt: skip
-    files = {path.name: path.read_text() for path in (tmp_path / "start" / convert.HF_FILES).iterdir()}
+    files = {path.name: path.read_text() for path in (tmp_path / "start" / directory.HF_FILES).iterdir()}
     assert files == {"tokenizer.json": "llm", "preprocessor_config.json": "tower"}
 
 
@@ -314,11 +308,11 @@ def test_side_files_are_copied_along(tmp_path):
     (hf / "tokenizer.json").write_text("{}")
     import_hf(hf, None, [tiny.FAMILY], tmp_path / "checkpoint")
     (tmp_path / "later").mkdir()
-    convert.copy_side_files(tmp_path / "checkpoint", tmp_path / "later")
+    directory.copy_side_files(tmp_path / "checkpoint", tmp_path / "later")
     assert_same(
-        load_file(tmp_path / "later" / convert.KEPT), load_file(tmp_path / "checkpoint" / convert.KEPT)
+        load_file(tmp_path / "later" / directory.KEPT), load_file(tmp_path / "checkpoint" / directory.KEPT)
     )
-    assert [path.name for path in (tmp_path / "later" / convert.HF_FILES).iterdir()] == ["tokenizer.json"]
+    assert [path.name for path in (tmp_path / "later" / directory.HF_FILES).iterdir()] == ["tokenizer.json"]
 
 
 def test_the_newest_step_of_a_run_is_found(tmp_path):
@@ -424,13 +418,13 @@ def spoil_names(checkpoint):
     other = {"llm.stranger": torch.zeros(1), "optimizer.state": torch.zeros(1)}
     stored = StoredTensors(checkpoint)
     other |= {name: stored.read(name) for name in stored.infos}
-    convert.save_torch_dist(checkpoint, {name: tensor.to("meta") for name, tensor in other.items()}, other.get)
+    torch_dist.save_torch_dist(checkpoint, {name: tensor.to("meta") for name, tensor in other.items()}, other.get)
 
 
 def spoil_absent(checkpoint):
     stored = StoredTensors(checkpoint)
     other = {name: stored.read(name) for name in stored.infos if name != "llm.norm.weight"}
-    convert.save_torch_dist(checkpoint, {name: tensor.to("meta") for name, tensor in other.items()}, other.get)
+    torch_dist.save_torch_dist(checkpoint, {name: tensor.to("meta") for name, tensor in other.items()}, other.get)
 
 
 @pytest.mark.parametrize(
@@ -465,9 +459,10 @@ def test_state_beside_the_model_is_no_part_of_an_export(tmp_path):
     saved |= {f"optimizer.exp_avg.{name}": torch.zeros_like(tensor) for name, tensor in saved.items()}
     import_hf(tmp_path / "hf", None, [tiny.FAMILY], tmp_path / "checkpoint")
     (tmp_path / "later").mkdir()
-    convert.save_torch_dist(tmp_path / "later", {name: tensor.to("meta") for name, tensor in saved.items()}, saved.get)
-    convert.write_info(tmp_path / "later", read_info(tmp_path / "checkpoint"))
-    convert.copy_side_files(tmp_path / "checkpoint", tmp_path / "later")
+    metas = {name: tensor.to("meta") for name, tensor in saved.items()}
+    torch_dist.save_torch_dist(tmp_path / "later", metas, saved.get)
+    directory.write_info(tmp_path / "later", read_info(tmp_path / "checkpoint"))
+    directory.copy_side_files(tmp_path / "checkpoint", tmp_path / "later")
     export_hf(tmp_path / "later", tiny.FAMILY, tmp_path / "back")
     assert_same(loaded(tmp_path / "back"), release)
 

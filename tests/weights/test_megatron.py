@@ -16,7 +16,7 @@ from megamm.models.llm import llama
 from megamm.models.options import LlmOptions
 from megamm.parallel import groups
 from megamm.parallel.placement import Layout, Unit
-from megamm.weights import convert
+from megamm.weights import convert, directory
 from megamm.weights.hf import HfSource
 from tests.weights.tiny import write_release
 
@@ -98,8 +98,8 @@ def test_megatron_loads_what_is_imported_and_what_it_saves_is_exported(tmp_path,
     for tp in (1, 2, 4):  # 4 is more than there are key/value groups
         saved = tmp_path / f"saved{tp}"
         pool.run(load_and_save, hf, tmp_path / "checkpoint", saved, tp, ranks=tp)
-        convert.write_info(saved, info)
-        convert.copy_side_files(tmp_path / "checkpoint", saved)
+        directory.write_info(saved, info)
+        directory.copy_side_files(tmp_path / "checkpoint", saved)
         convert.export_hf(saved, FAMILY, tmp_path / f"back{tp}")
         source = HfSource(tmp_path / f"back{tp}")
         assert source.infos.keys() == tensors.keys()

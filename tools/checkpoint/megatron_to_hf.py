@@ -7,7 +7,8 @@ import tyro
 
 from megamm import registry
 from megamm.errors import MegammError
-from megamm.weights.convert import export_hf, find_checkpoint, read_info
+from megamm.weights.convert import export_hf
+from megamm.weights.directory import find_checkpoint, read_info
 
 
 def megatron_to_hf(checkpoint: Path, output: Path, dialect: str | None = None) -> None:

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from megamm import registry
 from megamm.errors import MegammError
-from megamm.weights.convert import KEPT, StoredTensors, find_checkpoint, read_info
+from megamm.weights.directory import KEPT, find_checkpoint, read_info
 from megamm.weights.hf import HfSource, TensorInfo
+from megamm.weights.torch_dist import StoredTensors
 
 
 def show(checkpoint: Annotated[Path, tyro.conf.Positional]) -> None:
