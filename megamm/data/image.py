@@ -65,7 +65,7 @@ def verify(data: bytes) -> None:
 
 def to_pixels(rgb: np.ndarray, image_format: ImageFormat) -> Tensor:
     """uint8 [H, W, 3] -> float32 [3, size, size], normalised. Equal to the published processors after LLaVA's
-    expand2square (llava_family.md 3.7): bicubic on 8-bit values, by Pillow."""
+    expand2square: bicubic on 8-bit values, by Pillow."""
     size = image_format.size
     picture = Image.fromarray(rgb)
     if image_format.aspect == "pad" and picture.width != picture.height:

@@ -4,7 +4,7 @@ Everything in .bin is int32. A document is one sequence of mode TEXT (ids, one I
 per picture (the number of padding bytes, then the compressed file padded to whole words) and one of mode SPANS (first
 and last + 1 of each target span over the ids). Stock `IndexedDataset(prefix, multimodal=True)` reads it. This reader is
 our own: it opens without importing megatron, checks what it opens, and copies what it hands out (megatron's arrays are
-views of a map that may be gone: megatron_core_0_16.md section 4, trap 6). What the ids mean is no matter of this file.
+views of a map that may be gone). What the ids mean is no matter of this file.
 """
 
 import json

@@ -36,7 +36,7 @@ class Fault:
 
 
 class LlavaSource:
-    """LLaVA's format (llava_family.md 4): a JSON list, or one JSON object per line. UTF-8, with or without a BOM."""
+    """LLaVA's format: a JSON list, or one JSON object per line. UTF-8, with or without a BOM."""
 
     def __init__(self, path: Path):
         """Raises DataError where the file cannot be read, or begins like a list and is not JSON."""

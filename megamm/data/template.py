@@ -1,6 +1,6 @@
 """Conversation formats, as data: five strings each. A new format is a new row of TEMPLATES, never new code.
 
-Strings and names: llava_family.md 3.3, tinyllava.md, imp.md, vw_lmm.md. What carries loss: llava_family.md 3.4.
+Strings, names and what carries loss: `conversation.py` and `train.py` of LLaVA, TinyLLaVA, Imp and VW-LMM.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ def tokenise(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids int32 [T] with one IMAGE per picture, and target spans int32 [N, 2] (first, last + 1) over them.
 
-    Text between two markers is tokenised in one piece, as the authors do (llava_family.md 3.1), so ids are theirs for
+    Text between two markers is tokenised in one piece, as the authors do, so ids are theirs for
     any tokenizer. Targets come from where each token stands in the text, so they are right where the authors' counting
-    fails and drops the sample (llava_family.md 3.4). Raises SampleFault.
+    fails and drops the sample. Raises SampleFault.
     """
     rounds = _rounds([(role, _one_marker_in_front(text, marker)) for role, text in turns])
     text, ranges = template.render(rounds, marker)
@@ -55,7 +55,7 @@ def expand(
     ids: np.ndarray, spans: np.ndarray, tokens_per_image: int, max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Ids and labels, int64 [S], with every IMAGE repeated `tokens_per_image` times and cut to `max_tokens` after that,
-    and the number of images whose tokens begin inside. The cut may fall inside an image (llava_family.md 3.6)."""
+    and the number of images whose tokens begin inside. The cut may fall inside an image, as theirs."""
     is_target = np.zeros(len(ids), dtype=bool)
     for start, end in spans:
         is_target[start:end] = True
@@ -72,7 +72,7 @@ def expand(
 
 
 def _one_marker_in_front(text: str, marker: str) -> str:
-    # llava_family.md 3.2, to the letter: the markers of a turn become one, whatever their number and place.
+    # LLaVA's preprocess_multimodal, to the letter: the markers of a turn become one, whatever their number and place.
     if marker not in text:
         return text
     return f"{marker}\n{text.replace(marker, '').strip()}".strip()

@@ -23,7 +23,7 @@ class Tokenizer:
     """None where the vocabulary has no such token."""
     eos_id: int
     pad_id: int
-    """The unknown token where there is no padding token, as LLaVA has it (llava_family.md 3.5); else the end token."""
+    """The unknown token where there is no padding token, as LLaVA has it; else the end token."""
     adds_bos: bool
     """Whether a text begins with `bos_id`, by the tokenizer's own rule."""
     vocab_size: int

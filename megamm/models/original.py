@@ -1,7 +1,7 @@
 """The spelling of LLaVA's own code: one flat config.json of the decoder's fields and `mm_*` fields, and its key names.
 
 Shared by every family that descends from that code, whatever its decoder and tower. The sizes of the tower stand in the
-tower's own config.json. Tables and options only. Source: specification llava_family, 6.1.
+tower's own config.json. Tables and options only. Source: LLaVA's llava/model.
 """
 
 from typing import Any

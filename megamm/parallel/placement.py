@@ -128,7 +128,7 @@ class Layout:
         Layer numbers and checkpoint keys then come out global on every stage. megatron-core only looks at the flattened
         list: `embedding` first, `loss` last. For the tower they stand where the tower begins and where the projector
         lives. The llm's config is checked more strictly, so they stand in the first and last entry wherever `llm.embed`
-        and `llm.head` really live (specification of megatron-core, section 6).
+        and `llm.head` really live.
         """
         layout = [["decoder" for unit in run if unit.name.startswith(f"{part}.layer.")] for run in self.runs]
         if part == "llm":

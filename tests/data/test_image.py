@@ -117,7 +117,7 @@ def test_jpeg_bomb_is_refused_from_its_header():
 
 
 def expand_to_square(picture, processor):
-    """LLaVA's expand2square (llava_family.md 3.7), transcribed."""
+    """LLaVA's expand2square, transcribed."""
     width, height = picture.size
     if width == height:
         return picture

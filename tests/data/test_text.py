@@ -17,7 +17,7 @@ WORDS = st.text(alphabet="abcdefgh .,:!?'0123456789éß日🙂\n", min_size=1, m
 
 
 def authors_ids(text, stock):
-    """llava_family.md 3.1, transcribed."""
+    """LLaVA's tokenizer_image_token, transcribed."""
     parts = [stock(part)["input_ids"] for part in text.split("<image>")]
     ids, skip = [], 0
     if parts[0] and parts[0][0] == stock.bos_token_id:
@@ -28,7 +28,7 @@ def authors_ids(text, stock):
 
 
 def authors_v1_labels(text, ids, stock, legacy):
-    """llava_family.md 3.4, row v1, transcribed; None where the authors drop the sample."""
+    """LLaVA's preprocess_v1, transcribed; None where the authors drop the sample."""
     labels, cur = list(ids), 1
     labels[:1] = [IGNORE]
     for i, piece in enumerate(text.split("</s>")):

@@ -199,7 +199,7 @@ def test_published_sizes():
     parameters = dict.fromkeys(("vision", "projector", "llm"), 0)
     for unit in units(options, num_tokens=1, num_images=1, seq_length=1):
         parameters[unit.part] += unit.parameters
-    # llava_family.md 1.2 to 1.4: the tower less its last block and norm, Vicuna-7B with 64 more rows, padded to 32128.
+    # Published: the tower less its last block and norm, Vicuna-7B with 64 more rows, padded to 32128.
     assert parameters["vision"] == 303_507_456 - 12_596_224 - 2 * 1024
     assert parameters["projector"] == 20_979_712
     assert parameters["llm"] == 6_738_415_616 + 2 * 128 * 4096
