@@ -118,7 +118,7 @@ def grouped_order(
     num_tokens, has_images: of each sample. head: samples at the front that fill up the step in which the epoch before
     ended. The last steps hold what is left of both modalities, and the head is mixed, too.
 
-    The order of `group_by_modality_length` in LLaVA's trainer for W = global batch and B = 1. There a megabatch of W x B
+    `group_by_modality_length` of LLaVA's trainer for W = global batch and B = 1. There a megabatch of W x B
     random samples of one modality, W = ranks x accumulation steps, is sorted by length and dealt out to W chunks of B.
     W x B is the global batch at every layout, but the chunks are not, so a choice of W that layouts do not change must
     be W = W x B: chunks of one, in the sorted order. It is also the choice with the least padding: neighbours share a
