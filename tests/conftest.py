@@ -23,8 +23,9 @@ def pool() -> Iterator[RankPool]:
         yield ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool8() -> Iterator[RankPool]:
-    """Up to 8 gloo ranks, for the slow tests."""
+    """Up to 8 gloo ranks, for the slow tests. Not longer than a module: idle ranks cost time, too, since the threads of
+    every gloo group keep waking up."""
     with RankPool(8, timeout_s=600) as ranks:
         yield ranks
