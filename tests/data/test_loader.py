@@ -1,5 +1,6 @@
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,7 +259,8 @@ def test_resume_is_exact_with_other_ranks_and_workers(make_dataset):
     take(running, 4)
     state = running.state_dict()
     identity = {"seed": 5, "shuffle": True, "samples": 13, "group_by_modality_length": False, "global_batch": None}
-    assert state == {"consumed": 16, "truncated": 0} | identity
+    data = {"bytes": Path(f"{prefix}.bin").stat().st_size}
+    assert state == {"consumed": 16, "truncated": 0} | identity | data
     resumed = loader(prefix, seed=5, micro_batch=2)
     resumed.load_state_dict(state)
     for a, b in zip(sum(whole[4:], []), sum(take(resumed, 5), []), strict=True):
