@@ -121,7 +121,7 @@ def _typed(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
     if get_origin(hint) is tuple:
         if isinstance(value, list | tuple):
             return tuple(_typed(item, get_args(hint)[0], name, problems) for item in value)
-        problems.append(f"{name} must be a list such as (\"vision\",), not {value!r}")
+        problems.append(f'{name} must be a list such as ("vision",), not {value!r}')
     elif get_origin(hint) is Literal:
         if value not in get_args(hint):
             problems.append(f"{name} must be one of {', '.join(get_args(hint))}, not {value!r}")
@@ -145,9 +145,7 @@ def _section(value: Any, section: Any, name: str, problems: list[str]) -> Any:
     problems += [f"{prefix}{key} does not exist{_nearest(str(key), hints)}" for key in value if key not in hints]
     required = (f.name for f in fields(section) if f.default is MISSING and f.default_factory is MISSING)
     problems += [f"{prefix}{key} is missing" for key in required if key not in value]
-    known = {
-        key: _typed(value[key], hint, f"{prefix}{key}", problems) for key, hint in hints.items() if key in value
-    }
+    known = {key: _typed(value[key], hint, f"{prefix}{key}", problems) for key, hint in hints.items() if key in value}
     return section(**known) if len(problems) == before else None
 
 

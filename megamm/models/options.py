@@ -103,3 +103,7 @@ class VlmOptions:
     """The config.json that these options were read from, word for word."""
     tower_hf: dict[str, Any] | None = field(default=None, repr=False)
     """The vision tower's own config.json, word for word, where these options were read from that, too."""
+
+    def reads_features(self, unit: str) -> bool:
+        """Whether that unit of the llm reads the visual tokens, beside the hidden states that they were placed in."""
+        return False

@@ -5,7 +5,6 @@ megamm/weights and the built model cannot drift apart unnoticed.
 """
 
 from collections.abc import Callable, Collection, Iterable
-from itertools import chain
 
 import torch
 from megatron.core import parallel_state
@@ -17,7 +16,6 @@ from torch.nn import Parameter
 from megamm.errors import CheckpointError
 from megamm.models.vlm import VLM
 from megamm.parallel.groups import gather_over_tp
-from megamm.parallel.placement import Layout
 from megamm.weights.draw import draw as draw_tensor
 from megamm.weights.keymap import Entry, KeyMap
 
@@ -77,7 +75,7 @@ def join(entry: Entry, local: Tensor) -> Tensor:
     return entry.join(gather_over_tp(local))
 
 
-def freeze(chunks: Iterable[VLM], layout: Layout, parts: Collection[str]) -> None:
+def freeze(chunks: Iterable[VLM], parts: Collection[str]) -> None:
     """Stop training the parameters of these parts (vision, projector, llm).
 
     Where nothing in front of a stage is trained any more, the stage will neither compute nor send a gradient for it.
@@ -86,7 +84,5 @@ def freeze(chunks: Iterable[VLM], layout: Layout, parts: Collection[str]) -> Non
     for name, parameter in canonical_parameters(chunks):
         if name.split(".")[0] in parts:
             parameter.requires_grad_(False)
-    runs = layout.runs
     for chunk in chunks:
-        earlier = chain.from_iterable(runs[: runs.index(chunk.stage.units)])
-        chunk.sends_gradient = any(unit.parameters and unit.part not in parts for unit in earlier)
+        chunk.sends_gradient = any(unit.parameters and unit.part not in parts for unit in chunk.stage.earlier)

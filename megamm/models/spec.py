@@ -194,3 +194,8 @@ def layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
             },
         ),
     )
+
+
+def decoder_layer_spec(options: LlmOptions, layer: int) -> ModuleSpec:
+    """Layer number `layer` of a decoder, counted from 0 over all stages."""
+    return layer_spec(AttnMaskType.causal)

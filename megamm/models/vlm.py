@@ -2,12 +2,14 @@
 
 One `VLM` is one virtual stage of one pipeline rank: whatever run of the flat unit list the layout gives it. Exactly one
 3-dimensional tensor crosses a stage boundary: vision hidden states [P, I, hv] inside the tower, visual tokens [P, I, H]
-behind the projector, hidden states [S, B, H] inside the llm (S divided by tp under sequence parallelism).
+behind the projector, hidden states [S, B, H] inside the llm (S divided by tp under sequence parallelism), with the
+visual tokens as further rows behind them (parallel/carry.py) where a later unit reads these.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -21,6 +23,7 @@ from megamm.models.options import VlmOptions
 from megamm.models.projector.layers import Projector
 from megamm.models.spec import PartConfigs
 from megamm.models.vision.vit import VisionTower, select_features
+from megamm.parallel import carry
 from megamm.parallel.placement import Stage
 
 
@@ -36,8 +39,8 @@ class VLM(MegatronModule):
         self.options = options
         self.stage = stage
         self.vp_stage = stage.vp_stage if configs.llm.virtual_pipeline_model_parallel_size else None
-        self.pre_process = stage.before is None
-        self.post_process = stage.after is None
+        self.pre_process = not stage.earlier
+        self.post_process = not stage.later
         self.vision: VisionTower | None = None
         self.projector: Projector | None = None
         self.llm: Decoder | None = None
@@ -47,9 +50,11 @@ class VLM(MegatronModule):
             self.projector = Projector(options.projector, configs.projector)
         if stage.has("llm.embed") or stage.llm_layers or stage.has("llm.head"):
             self.llm = Decoder(options.llm, self.config, stage)
-        self.sends_gradient = stage.before is not None
+        self.sends_gradient = bool(stage.earlier)
         """Whether something in front of this stage is trained and waits for a gradient; `parameters.freeze` sets it."""
         self._received: Any = None
+        self._reads_features = any(options.reads_features(unit.name) for unit in stage.units)
+        self._sends_features = any(options.reads_features(unit.name) for unit in stage.later)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take what the stage before sent; called by megatron-core's schedules ahead of every forward."""
@@ -75,9 +80,15 @@ class VLM(MegatronModule):
         if self.projector is not None:
             x = self.projector(select_features(x, self.options.vision))
         if self.llm is not None:
+            features_R1H: Tensor | None = None
             if self.stage.has("llm.embed"):
+                if self._reads_features or self._sends_features:
+                    features_R1H = self.flatten_features(x)
                 x = self.place(x, batch)
-            return self.decode(x, batch, keep_logits)
+            elif self._reads_features or self._sends_features:
+                x, features_R1H = carry.unpack(x, self.local_length(batch), batch.ids_BS.size(0))
+            x = self.decode(x, features_R1H, batch, keep_logits)
+            return carry.pack(x, features_R1H) if self._sends_features and features_R1H is not None else x
         return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
 
     def place(self, visual_PIH: Tensor, batch: Batch) -> Tensor:
@@ -92,7 +103,21 @@ class VLM(MegatronModule):
         x_SBH = x_BSH.view(size, length, width).transpose(0, 1).contiguous()
         return scatter_to_sequence_parallel_region(x_SBH) if self.config.sequence_parallel else x_SBH
 
-    def decode(self, x_SBH: Tensor, batch: Batch, keep_logits: bool) -> Tensor:
+    def flatten_features(self, visual_PIH: Tensor) -> Tensor:
+        """Visual tokens [P, I, H] as rows [R, 1, H], image after image, as `Batch.rows_K` counts them. Under sequence
+        parallelism padded with zeros to a multiple of tp, and scattered like the hidden states."""
+        rows_R1H = visual_PIH.transpose(0, 1).reshape(-1, 1, visual_PIH.size(-1))
+        if not self.config.sequence_parallel:
+            return rows_R1H
+        padding = -rows_R1H.size(0) % self.config.tensor_model_parallel_size
+        return scatter_to_sequence_parallel_region(F.pad(rows_R1H, (0, 0, 0, 0, 0, padding)))
+
+    def local_length(self, batch: Batch) -> int:
+        """S of the hidden states on this rank."""
+        tp = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return batch.ids_BS.size(1) // tp
+
+    def decode(self, x_SBH: Tensor, features_R1H: Tensor | None, batch: Batch, keep_logits: bool) -> Tensor:
         """The llm's layers of this stage, and head and loss where they live here."""
         assert self.llm is not None
         x_SBH = keep_gradient_path(x_SBH, self.llm.decoder)

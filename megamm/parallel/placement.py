@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
 from math import inf
 
 from megamm.config.schema import Parallel
@@ -57,10 +57,10 @@ class Stage:
     pp_rank: int
     vp_stage: int
     units: tuple[Unit, ...]
-    before: str | None
-    """Name of the unit whose output this stage receives; None on the first stage."""
-    after: str | None
-    """Name of the unit that receives this stage's output; None on the last stage."""
+    earlier: tuple[Unit, ...]
+    """All units in front of it; empty on the first stage."""
+    later: tuple[Unit, ...]
+    """All units behind it; empty on the last stage."""
 
     def has(self, name: str) -> bool:
         """True if the unit of that name lives here."""
@@ -104,9 +104,8 @@ class Layout:
     def stage(self, pp_rank: int, vp_stage: int = 0) -> Stage:
         """What one pipeline rank holds as one of its virtual stages."""
         k = vp_stage * self.pp + pp_rank
-        before = self.runs[k - 1][-1].name if k > 0 else None
-        after = self.runs[k + 1][0].name if k + 1 < len(self.runs) else None
-        return Stage(pp_rank, vp_stage, self.runs[k], before, after)
+        earlier, later = chain.from_iterable(self.runs[:k]), chain.from_iterable(self.runs[k + 1 :])
+        return Stage(pp_rank, vp_stage, self.runs[k], tuple(earlier), tuple(later))
 
     def find(self, name: str) -> Stage:
         """The stage that holds the unit of that name."""

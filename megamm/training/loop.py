@@ -127,7 +127,7 @@ def _prepare(config: Config, found: Plan, ranks: Ranks) -> _Run:
     elif resumed is None:
         log.info("weights drawn from seed %d", config.train.seed)
         draw(stages, table, config.train.seed)
-    freeze(stages, found.layout, config.train.freeze)
+    freeze(stages, config.train.freeze)
 
     wrapped = wrap(stages)
     optimizer = build_optimizer(config.optim, wrapped)

@@ -43,7 +43,7 @@ CONFIG = {
         "patch_size": 14,
     },
 }
-RECIPE = '''
+RECIPE = """
 from megamm.config import Checkpoint, Config, Data, Model, Optim, Parallel, Train
 
 
@@ -56,7 +56,7 @@ def config():
         train=Train(global_batch=8, micro_batch=4, steps=30, precision="fp32"),
         checkpoint=Checkpoint(dir="run"),
     )
-'''
+"""
 
 
 def run(*words: object, directory: Path) -> str:

@@ -92,9 +92,9 @@ def test_stage_knows_what_it_holds_and_its_neighbours() -> None:
     stage = layout.stage(1, 0)
     assert [unit.name for unit in stage.units] == ["vision.layer.3", "projector", "llm.embed", "llm.layer.0"]
     assert (stage.vision_layers, stage.llm_layers) == (range(3, 4), range(1))
-    assert (stage.before, stage.after) == ("vision.layer.2", "llm.layer.1")
-    assert layout.stage(0, 0).before is None
-    assert layout.stage(1, 1).after is None
+    assert (stage.earlier[-1].name, stage.later[0].name) == ("vision.layer.2", "llm.layer.1")
+    assert layout.stage(0, 0).earlier == ()
+    assert layout.stage(1, 1).later == ()
     assert len(layout.stage(0, 1).vision_layers) == 0
     assert layout.find("llm.head") == layout.stage(1, 1)
 

@@ -309,9 +309,7 @@ def test_side_files_are_copied_along(tmp_path):
     import_hf(hf, None, [tiny.FAMILY], tmp_path / "checkpoint")
     (tmp_path / "later").mkdir()
     directory.copy_side_files(tmp_path / "checkpoint", tmp_path / "later")
-    assert_same(
-        load_file(tmp_path / "later" / directory.KEPT), load_file(tmp_path / "checkpoint" / directory.KEPT)
-    )
+    assert_same(load_file(tmp_path / "later" / directory.KEPT), load_file(tmp_path / "checkpoint" / directory.KEPT))
     assert [path.name for path in (tmp_path / "later" / directory.HF_FILES).iterdir()] == ["tokenizer.json"]
 
 

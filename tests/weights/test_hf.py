@@ -16,9 +16,11 @@ from tests.weights import tiny
 
 def tensors_of_every_dtype():
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randint(0, 2, (3, 5), generator=generator).to(dtype) for name, dtype in DTYPES.items()
-    } | {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 4), "transposed": torch.randn(3, 2).t()}
+    return {name: torch.randint(0, 2, (3, 5), generator=generator).to(dtype) for name, dtype in DTYPES.items()} | {
+        "scalar": torch.tensor(1.5),
+        "empty": torch.empty(0, 4),
+        "transposed": torch.randn(3, 2).t(),
+    }
 
 
 def same_bits(a, b):

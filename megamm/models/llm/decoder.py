@@ -4,13 +4,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from megamm import backend
 from megamm.models.options import LlmOptions
-from megamm.models.spec import layer_spec
+from megamm.models.spec import decoder_layer_spec
 from megamm.parallel.placement import Stage
 
 
@@ -21,7 +20,7 @@ class Decoder(GPTModel):
         super().__init__(
             config,
             TransformerBlockSubmodules(
-                layer_specs=[layer_spec(AttnMaskType.causal)] * len(stage.llm_layers),
+                layer_specs=[decoder_layer_spec(options, layer) for layer in stage.llm_layers],
                 layer_norm=backend.current().layers.norm,
             ),
             vocab_size=options.padded_vocab_size,
