@@ -11,7 +11,8 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
+from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -20,6 +21,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 from megamm.data.template import Template, template
@@ -58,7 +60,7 @@ def tiny_llava(
     """
     form = template(template_name)
     with new_directory(directory) as aside:
-        tokenizer = _write_tokenizer(aside, [*texts, *_words(form)], vocab_size)
+        tokenizer = _sentencepiece(aside, [*texts, *_words(form)], vocab_size)
         config = LlavaConfig(
             vision_config=CLIPVisionConfig(
                 hidden_size=vision_width,
@@ -108,10 +110,32 @@ def tiny_tokenizer(directory: str | Path, texts: Iterable[str], *, vocab_size: i
     """Write a SentencePiece tokenizer as Llama's: BPE with byte fallback, ids 0, 1, 2 for unk, bos, eos, and behind its
     pieces `<image>` and `<pad>`, as llava-hf adds them. At most `vocab_size` tokens in all. `directory` must be new."""
     with new_directory(directory) as aside:
-        _write_tokenizer(aside, list(texts), vocab_size)
+        _sentencepiece(aside, list(texts), vocab_size)
 
 
-def _write_tokenizer(directory: Path, texts: list[str], vocab_size: int) -> LlamaTokenizer:
+def write_tokenizer(directory: Path, texts: Iterable[str], vocab_size: int, template_name: str, kind: str) -> None:
+    """Write into `directory` a tokenizer that makes words of `texts` and of the conversation format.
+
+    kind: `sentencepiece`, as Llama's (see `tiny_tokenizer`); `bytes`, byte-level BPE as Qwen2's, no token in front of a
+    text, `<|endoftext|>` its end and padding, `<|im_start|>` and `<|im_end|>` whole.
+    """
+    words = [*texts, *_words(template(template_name))]
+    if kind == "sentencepiece":
+        _sentencepiece(directory, words, vocab_size)
+        return
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = ByteLevelBPETokenizer()
+    for token in special:  # no merge may reach into them
+        words = [piece for word in words for piece in word.split(token)]
+    bpe.train_from_iterator(words, vocab_size=vocab_size - len(special), min_frequency=2, show_progress=False)
+    backend = Tokenizer.from_str(bpe.to_str())
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    ).save_pretrained(directory)
+
+
+def _sentencepiece(directory: Path, texts: list[str], vocab_size: int) -> LlamaTokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in texts for line in text.splitlines()),
@@ -176,15 +200,19 @@ def _chat_template(form: Template) -> str:
 
 @torch.no_grad()
 def _draw(model: torch.nn.Module, seed: int) -> None:
-    """Weights that let a narrow model learn fast: every matrix keeps its input's variance, and positions stand out.
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        draw_tensor(name, parameter, generator)
+
+
+def draw_tensor(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill `tensor` of a Hugging Face checkpoint, such that a narrow model learns fast: every matrix keeps its input's
+    variance, and what stands for a place (positions, class token, queries) stands out.
 
     With the published 0.02, made for widths of thousands, a model of 64 channels hardly begins to see.
     """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "position_embedding" in name or "class_embedding" in name:
-            parameter.normal_(0, 1, generator=generator)
-        elif parameter.dim() > 1:
-            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    if any(word in name for word in ("position_embedding", "class_embedding", "cls_token", "query_embeds")):
+        return tensor.normal_(0, 1, generator=generator)
+    if tensor.dim() > 1:
+        return tensor.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
+    return tensor.fill_(1.0 if name.endswith("weight") else 0.0)

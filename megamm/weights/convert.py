@@ -108,13 +108,16 @@ class HfCheckpoint:
 def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence[FamilyTables]) -> HfCheckpoint:
     """Open a Hugging Face directory as the one of `families` whose configuration and key names it has.
 
-    `tower_dir` fills only tensors that `hf_dir` lacks, and the tower's sizes where config.json leaves them out. Nothing
-    is read but names, shapes and dtypes, and every row is checked against them. CheckpointError: no family fits, or
-    several do and the user must say which.
+    `tower_dir` fills only tensors that `hf_dir` lacks, and the tower's sizes where config.json leaves them out; by
+    default it is `hf_dir`/vision_tower, where there is one, as an export has it. Nothing is read but names, shapes and
+    dtypes, and every row is checked against them. CheckpointError: no family fits, or several do and the user must say
+    which.
     """
     config = read_config(hf_dir)
     _refuse_adapter(hf_dir)
     source = HfSource(hf_dir)
+    if tower_dir is None and (Path(hf_dir) / TOWER / CONFIG).exists():
+        tower_dir = Path(hf_dir) / TOWER
     tower_config, parts = _open_tower(tower_dir)
     found: list[HfCheckpoint] = []
     refusals: dict[str, CheckpointError] = {}
