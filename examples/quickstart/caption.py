@@ -1,4 +1,7 @@
-"""Caption the held-out pictures with an exported model, in stock transformers, and count the wholly right captions."""
+"""Caption the held-out pictures with an exported model, and count the wholly right captions.
+
+In stock transformers; with --family in megamm itself, for the families that no class of transformers can hold.
+"""
 
 import argparse
 import json
@@ -24,6 +27,17 @@ def captions(model_dir: Path, image_paths: list[Path], question: str, batch_size
         answers = output[:, inputs["input_ids"].shape[1] :]
         said += [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)]
     return said
+
+
+def own_captions(model_dir: Path, family: str, image_paths: list[Path], question: str, batch_size: int) -> list[str]:
+    """The same by megamm, which reads the export in its authors' layout."""
+    from megamm.inference.answer import Answerer, Question
+    from megamm.registry import family as find_family
+    from megamm.testing.families import TINY
+
+    text = f"{find_family(family).marker}\n{question}"
+    questions = [Question(text=text, images=[path.read_bytes()]) for path in image_paths]
+    return list(Answerer(model_dir, family, TINY[family].template)(questions, 24, batch_size))
 
 
 def results(samples: list[dict], said: list[str], image_dir: Path) -> list[dict]:
@@ -52,12 +66,16 @@ def summary(entries: list[dict]) -> str:
     )
 
 
-def main(model_dir: Path, data: Path, output: Path, batch_size: int) -> None:
+def main(model_dir: Path, family: str | None, data: Path, output: Path, batch_size: int) -> None:
     """Caption all of DATA/heldout.json, write the results as JSON and print the summary."""
     samples = json.loads((data / "heldout.json").read_text())
     image_dir = data / "images"
     question = samples[0]["conversations"][0]["value"].removeprefix("<image>\n")
-    said = captions(model_dir, [image_dir / sample["image"] for sample in samples], question, batch_size)
+    paths = [image_dir / sample["image"] for sample in samples]
+    if family is None:
+        said = captions(model_dir, paths, question, batch_size)
+    else:
+        said = own_captions(model_dir, family, paths, question, batch_size)
     entries = results(samples, said, image_dir)
     aside = output.with_suffix(".partial")
     aside.write_text(json.dumps(entries, indent=1) + "\n")
@@ -68,8 +86,9 @@ def main(model_dir: Path, data: Path, output: Path, batch_size: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"))
+    parser.add_argument("--family", help="caption in megamm, with a model of this family")
     parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"))
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart/captions.json"))
     parser.add_argument("--batch-size", type=int, default=40)
     options = parser.parse_args()
-    main(options.model, options.data, options.output, options.batch_size)
+    main(options.model, options.family, options.data, options.output, options.batch_size)

@@ -1,4 +1,4 @@
-"""Make what a training run starts from: a tokenizer and a random tiny LLaVA, as a Hugging Face directory."""
+"""Make what a run starts from: a tokenizer and a random tiny model of a family, as a Hugging Face directory."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from megamm.testing.families import TINY, tiny
 from megamm.testing.tiny import tiny_llava
 
 
@@ -17,10 +18,14 @@ def texts(data: Path) -> list[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=["llava", *TINY], default="llava")
     parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data/train.json"))
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart/hf"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     disable_progress_bar()
-    tiny_llava(options.output, texts=texts(options.data), seed=options.seed)
-    print(f"{options.output}: a tiny LLaVA with random weights")
+    if options.family == "llava":
+        tiny_llava(options.output, texts=texts(options.data), seed=options.seed)
+    else:
+        tiny(options.output, options.family, texts=texts(options.data), seed=options.seed)
+    print(f"{options.output}: a tiny {options.family} with random weights")

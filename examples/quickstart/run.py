@@ -13,21 +13,36 @@ import sys
 import time
 from pathlib import Path
 
+from megamm.testing.families import TINY
+
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = ("llava",)
+NATIVE = ("llava", "tinyllava", "imp", "vw_lmm")
+"""Families whose tiny model transformers' own llava class can hold."""
+FAMILIES = (*NATIVE, "vw_lmm_pif", "mplug_owl2", "mplug_owl3")
 
 
 def commands(run: str, family: str) -> list[str]:
     """The command lines, in order; `run` is the folder to work in, relative to the repository."""
+    of_family = of_template = of_run = of_export = of_caption = ""
+    if family != "llava":
+        of_family = f" --family {family}"
+        of_template = f" --template {TINY[family].template}"
+        of_run = (
+            f" --model.family {family} --model.pretrained {run}/start --data.path {run}/data/train "
+            f"--checkpoint.dir {run}/train"
+        )
+        of_export = " --dialect hf" if family in NATIVE else ""
+        of_caption = "" if family in NATIVE else of_family
     return [
         f"python examples/quickstart/draw.py --output {run}/data",
-        f"python examples/quickstart/make_model.py --data {run}/data/train.json --output {run}/hf",
+        f"python examples/quickstart/make_model.py{of_family} --data {run}/data/train.json --output {run}/hf",
         f"python data_tools/preprocess.py --input {run}/data/train.json --image-dir {run}/data/images "
-        f"--family {family} --tokenizer {run}/hf --output {run}/data/train",
-        f"python tools/checkpoint/hf_to_megatron.py --hf {run}/hf --output {run}/start",
-        "torchrun --standalone --nproc-per-node 4 -m megamm.train examples/quickstart/recipe.py",
-        f"python tools/checkpoint/megatron_to_hf.py --checkpoint {run}/train/STEP --output {run}/export",
-        f"python examples/quickstart/caption.py --model {run}/export --data {run}/data --output {run}/captions.json",
+        f"--family {family}{of_template} --tokenizer {run}/hf --output {run}/data/train",
+        f"python tools/checkpoint/hf_to_megatron.py --hf {run}/hf{of_family} --output {run}/start",
+        f"torchrun --standalone --nproc-per-node 4 -m megamm.train examples/quickstart/recipe.py{of_run}",
+        f"python tools/checkpoint/megatron_to_hf.py --checkpoint {run}/train/STEP{of_export} --output {run}/export",
+        f"python examples/quickstart/caption.py --model {run}/export{of_caption} --data {run}/data "
+        f"--output {run}/captions.json",
         f"python examples/quickstart/report.py --log {run}/train/log.jsonl --captions {run}/captions.json "
         f"--output {run}/report.png",
     ]
