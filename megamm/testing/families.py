@@ -68,18 +68,18 @@ class TinyModel:
     """Conversation format that fits the tokenizer."""
 
 
-_ORIGINAL = dict(tower_prefix="model.vision_tower.vision_tower.")
+_ORIGINAL = "model.vision_tower.vision_tower."
 TINY: dict[str, TinyModel] = {
     "tinyllava": TinyModel(
-        config=_LLAMA | _LLAVA_LINE | {"model_type": "tiny_llava"}, tower=_SIGLIP, template="v1", **_ORIGINAL
+        config=_LLAMA | _LLAVA_LINE | {"model_type": "tiny_llava"}, tower=_SIGLIP, template="v1", tower_prefix=_ORIGINAL
     ),
     "imp": TinyModel(
         config=_QWEN2 | _LLAVA_LINE | {"model_type": "imp_qwen2", "vision_tower_config": _SIGLIP},
         tokenizer="bytes",
         template="qwen2",
     ),
-    "vw_lmm": TinyModel(config=_VW_LMM, tower=_CLIP, template="v1", **_ORIGINAL),
-    "vw_lmm_pif": TinyModel(config=_VW_LMM, tower=_CLIP, template="v1", **_ORIGINAL),
+    "vw_lmm": TinyModel(config=_VW_LMM, tower=_CLIP, template="v1", tower_prefix=_ORIGINAL),
+    "vw_lmm_pif": TinyModel(config=_VW_LMM, tower=_CLIP, template="v1", tower_prefix=_ORIGINAL),
     "mplug_owl2": TinyModel(
         config=_LLAMA
         | {
