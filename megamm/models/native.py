@@ -61,7 +61,8 @@ def read(config: dict[str, Any], tower_config: dict[str, Any] | None, *, family:
     if tower_config is not None:
         check_same_tower(tower, parts.vision_options(tower_config, layer, keep_first_token))
     text = {**config["text_config"], "tie_word_embeddings": _is_tied(config)}
-    decoder = parts.llm_options(text, "config.json: text_config")
+    # Whatever the llm alone has: the head of this class has no bias.
+    decoder = replace(parts.llm_options(text, "config.json: text_config"), has_head_bias=False)
     image_token_id = config.get("image_token_id", get("image_token_index"))
     has_image_token = image_token_id is not None and image_token_id < decoder.vocab_size
     return VlmOptions(
@@ -101,6 +102,11 @@ def write(options: VlmOptions, *, parts: Parts) -> dict[str, Any]:
     if options.projector.kind != "mlp2x_gelu":
         raise CheckpointError(
             f"transformers' llava has no projector of kind {options.projector.kind!r}; export with --dialect original"
+        )
+    if options.llm.has_head_bias:
+        raise CheckpointError(
+            "transformers' llava has no bias on its head, and this llm has one: the export would compute something "
+            "else; export with --dialect original"
         )
     source = options.hf if is_native(options.hf) else {}
     tower = options.hf.get("vision_config", options.tower_hf or {})
