@@ -26,7 +26,7 @@ class VisionOptions:
     has_pre_norm: bool
     has_patch_bias: bool
     model_type: str = ""
-    """`MODEL_TYPE` of the file of models/vision/ that reads and writes it; `Parts` says it."""
+    """`MODEL_TYPE` of the file of models/vision/ that reads and writes it."""
 
     @property
     def num_patches(self) -> int:
@@ -83,11 +83,23 @@ class LlmOptions:
     norm: Literal["RMSNorm", "LayerNorm"]
     norm_eps: float
     rope_theta: float
+    rotary_factor: float = 1.0
+    """Share of a head's channels that carry its position, the first ones; rounded down."""
+    window: int | None = None
+    """Positions that a query looks back over, its own counted; None: all."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    is_gated: bool = True
+    """Whether the MLP multiplies its activation with a second linear of the input."""
     has_qkv_bias: bool = False
+    has_bias: bool = False
+    """Whether every linear of a layer has a bias; then `has_qkv_bias`, too."""
+    has_head_bias: bool = False
     has_tied_embeddings: bool = False
     """Whether the head uses the embedding's weights."""
-    model_type: str = ""
-    """`MODEL_TYPE` of the file of models/llm/ that reads and writes it; `Parts` says it."""
+    has_parallel_residual: bool = False
+    """Whether attention and MLP read the same norm of the layer's input, and both are added to it."""
+    model_type: str = "llama"
+    """`model_type` of a plain decoder of this architecture: which file of models/llm/ it is."""
 
     @property
     def padded_vocab_size(self) -> int:
