@@ -26,7 +26,7 @@ class VisionOptions:
     has_pre_norm: bool
     has_patch_bias: bool
     model_type: str = ""
-    """`MODEL_TYPE` of the file of models/vision/ that reads and writes it; `Parts` says it."""
+    """`MODEL_TYPE` of the file of models/vision/ that reads and writes it."""
 
     @property
     def num_patches(self) -> int:
@@ -98,8 +98,8 @@ class LlmOptions:
     """Whether the head uses the embedding's weights."""
     has_parallel_residual: bool = False
     """Whether attention and MLP read the same norm of the layer's input, and both are added to it."""
-    model_type: str = ""
-    """`MODEL_TYPE` of the file of models/llm/ that reads and writes it; `Parts` says it."""
+    model_type: str = "llama"
+    """`model_type` of a plain decoder of this architecture: which file of models/llm/ it is."""
 
     @property
     def padded_vocab_size(self) -> int:
