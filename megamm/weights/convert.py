@@ -192,7 +192,7 @@ def _open_as(
 ) -> HfCheckpoint:
     """`parts` fill what `source` lacks, one after the other; what begins with one of `new` may be nowhere."""
     options = family.read(config, tower_config)
-    tables = {dialect: make(options) for dialect, make in family.keys.items()}
+    tables = {dialect: table for dialect, make in family.keys.items() if (table := make(options)).entries()}
     dialect = match(source.infos, tables, [part.infos for part in parts], new)
     table = tables[dialect]
     source = source.renamed(table.spelt(source.infos))
