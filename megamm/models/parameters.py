@@ -96,6 +96,4 @@ def freeze(chunks: Iterable[VLM], frozen: Collection[str]) -> None:
         if is_frozen(unit_of(name), frozen):
             parameter.requires_grad_(False)
     for chunk in chunks:
-        chunk.sends_gradient = any(
-            unit.parameters and not is_frozen(unit.name, frozen) for unit in chunk.stage.earlier
-        )
+        chunk.sends_gradient = any(unit.parameters and not is_frozen(unit.name, frozen) for unit in chunk.stage.earlier)
