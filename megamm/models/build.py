@@ -3,7 +3,7 @@
 from megatron.core import parallel_state
 
 from megamm import backend
-from megamm.models.options import VlmOptions
+from megamm.models.options import ProjectorOptions, VlmOptions
 from megamm.models.parameters import mark_partitions
 from megamm.models.spec import Build, PartConfigs
 from megamm.models.vlm import VLM
@@ -54,18 +54,20 @@ def units(
             positions,
             8 * v.hidden_size + 2 * v.ffn_size,
             attention=4.0 * positions * v.num_positions * v.hidden_size,
-            rest=9 * v.hidden_size + v.ffn_size,
+            rest=9 * v.hidden_size + v.ffn_size + 2 * v.hidden_size * (v.has_post_norm and i == v.num_layers - 1),
         )
         for i in range(v.num_layers)
     ]
-    if p.kind == "linear":
+    if p.kind == "abstractor":
+        out.append(_abstractor(p, v.num_features, num_images, bytes_per_value))
+    elif p.kind == "linear":
         out.append(unit("projector", p.in_size * p.out_size, visual_tokens, p.in_size, rest=p.out_size))
     else:
         weights = p.in_size * p.out_size + p.out_size**2
         out.append(unit("projector", weights, visual_tokens, p.in_size + 2 * p.out_size, rest=2 * p.out_size))
     vocabulary = t.padded_vocab_size * t.hidden_size
     out.append(Unit("llm.embed", 0.0, vocabulary, int(t.hidden_size * num_tokens * bytes_per_value)))
-    attention_weights = t.hidden_size * (2 * q_size + 2 * kv_size)
+    attention_weights = t.hidden_size * (2 * q_size + 2 * kv_size * t.num_ways)
     bias = (q_size + 2 * kv_size) * t.has_qkv_bias
     out += [
         unit(
@@ -74,7 +76,7 @@ def units(
             num_tokens,
             4 * t.hidden_size + 2 * q_size + 2 * kv_size + 3 * t.ffn_size,
             attention=2.0 * num_tokens * seq_length * q_size,
-            rest=2 * t.hidden_size * (1 + (t.norm == "LayerNorm")) + bias,
+            rest=2 * t.num_ways * t.hidden_size * (1 + (t.norm == "LayerNorm")) + bias,
         )
         for i in range(t.num_layers)
     ]
@@ -84,3 +86,16 @@ def units(
     own = head_norm if t.has_tied_embeddings else head_norm + vocabulary
     out.append(Unit("llm.head", 2 * vocabulary * num_tokens, own, int(head_kept * num_tokens * bytes_per_value)))
     return out
+
+
+def _abstractor(p: ProjectorOptions, num_features: int, num_images: float, bytes_per_value: int) -> Unit:
+    a, f, queries, keys = p.in_size, p.ffn_size, p.num_queries, p.num_queries + num_features
+    layer_flops = 2 * (2 * a * a * (queries + keys) + 3 * a * f * queries) + 4 * queries * keys * a
+    layer_parameters = 4 * a * a + 3 * a * f + 11 * a + 4 * f
+    kept = p.num_layers * (4 * a * keys + (6 * a + 4 * f) * queries)
+    return Unit(
+        "projector",
+        num_images * (p.num_layers * layer_flops + 2 * queries * a * p.out_size),
+        p.num_layers * layer_parameters + queries * a + a * p.out_size + 2 * p.out_size,
+        int(kept * num_images * bytes_per_value),
+    )

@@ -25,6 +25,8 @@ class VisionOptions:
     """Whether the projector sees the class token, too."""
     has_pre_norm: bool
     has_patch_bias: bool
+    has_post_norm: bool = False
+    """Whether the features are normalised behind the last block, the class token's, too."""
 
     @property
     def num_patches(self) -> int:
@@ -46,9 +48,18 @@ class VisionOptions:
 class ProjectorOptions:
     """What turns image features into visual tokens."""
 
-    kind: Literal["linear", "mlp2x_gelu"]
+    kind: Literal["linear", "mlp2x_gelu", "abstractor"]
+    """`abstractor`: learned queries that attend to the features (models/projector/abstractor_layers.py)."""
     in_size: int
     out_size: int
+    num_queries: int = 0
+    """Learned queries, each of which becomes a visual token; 0: every feature becomes one."""
+    num_layers: int = 0
+    num_heads: int = 0
+    ffn_size: int = 0
+    """Width inside the MLP of a layer."""
+    inner_norm_eps: float = 0.0
+    """Epsilon of the norm inside that MLP."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +81,13 @@ class LlmOptions:
     has_qkv_bias: bool = False
     has_tied_embeddings: bool = False
     """Whether the head uses the embedding's weights."""
+    is_modality_adaptive: bool = False
+    """Whether visual tokens have norms, keys and values of their own (models/layers/modality_adaptive.py)."""
+
+    @property
+    def num_ways(self) -> int:
+        """How many norms, keys and values every layer has."""
+        return 2 if self.is_modality_adaptive else 1
 
     @property
     def padded_vocab_size(self) -> int:

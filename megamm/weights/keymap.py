@@ -45,6 +45,11 @@ class Row:
     """Key of pack.PACKINGS."""
     tp: str | None = None
     """Key of shard.PARTITION_DIM. `vocab` pads on import and cuts on export."""
+    std: float = 0.02
+    """Standard deviation that it is drawn with, where it is drawn and is neither norm nor bias."""
+    is_duplicate: bool = False
+    """Whether its `hf` tensors are another row's, too: where a start has one tensor, the model gets two alike. Only in
+    tables that are never exported with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,8 @@ class Entry:
     packing: str
     tp: str | None
     dims: Dims
+    std: float = 0.02
+    is_duplicate: bool = False
 
     @property
     def partition_dim(self) -> int | None:
@@ -189,7 +196,8 @@ class KeyMap:
     @cached_property
     def _entries(self) -> dict[str, Entry]:
         entries = [entry for row, dims in self._rows if isinstance(row, Row) for entry in _expand(row, dims)]
-        for names in ([entry.name for entry in entries], [key for entry in entries for key in entry.hf]):
+        hf = [key for entry in entries if not entry.is_duplicate for key in entry.hf]
+        for names in ([entry.name for entry in entries], hf):
             if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                 raise ValueError(f"in more than one row of the table: {', '.join(twice)}")
         return {entry.name: entry for entry in entries}
@@ -238,17 +246,17 @@ def _check(row: Row | Keep, dims: Dims) -> None:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab_padded rows, not shape {row.shape}")
     if row.tp == "vocab" and not 0 < dims.vocab <= dims.vocab_padded:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab and a dims.vocab_padded that holds it")
-    if row.pack == "qkv" and (dims.groups < 1 or dims.heads % dims.groups):
-        raise ValueError(f"{row.name}: pack 'qkv' needs dims.heads to be a multiple of dims.groups")
+    if row.pack in ("qkv", "kv") and (dims.groups < 1 or dims.heads % dims.groups):
+        raise ValueError(f"{row.name}: pack {row.pack!r} needs dims.heads to be a multiple of dims.groups")
 
 
 def _expand(row: Row, dims: Dims) -> Iterator[Entry]:
     if "{i}" not in row.name:
-        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims)
+        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims, row.std, row.is_duplicate)
         return
     for layer in range(dims.layers):
         name, *hf = (name.replace("{i}", str(layer)) for name in (row.name, *row.hf))
-        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims)
+        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims, row.std, row.is_duplicate)
 
 
 def _prefixed(name: str, prefixes: Mapping[str, str]) -> str:
