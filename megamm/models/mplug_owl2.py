@@ -123,7 +123,7 @@ def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any]) -> dict[str, Any]:
     """config.json of a model made of a plain Llama and a plain CLIP tower, its abstractor in the published proportions.
     Pictures have the size that the tower was made for."""
     text = llm_config(llm_hf, llama, "the llm's config.json")
-    tower = clip.from_hf(vision_config(tower_hf, clip), -1, keep_class_token=True)
+    tower = clip.from_hf(vision_config(tower_hf, clip), -1, keep_first_token=True)
     vision = replace(tower, norm_eps=owl_vit.DEFAULTS["layer_norm_eps"], has_post_norm=True)
     llm = llama.from_hf(text)
     visual = {

@@ -246,7 +246,7 @@ def _check(row: Row | Keep, dims: Dims) -> None:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab_padded rows, not shape {row.shape}")
     if row.tp == "vocab" and not 0 < dims.vocab <= dims.vocab_padded:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab and a dims.vocab_padded that holds it")
-    if row.pack in ("qkv", "kv") and (dims.groups < 1 or dims.heads % dims.groups):
+    if row.pack in ("qkv", "qkv_fused", "kv") and (dims.groups < 1 or dims.heads % dims.groups):
         raise ValueError(f"{row.name}: pack {row.pack!r} needs dims.heads to be a multiple of dims.groups")
 
 

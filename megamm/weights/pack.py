@@ -96,17 +96,29 @@ def _leading(ones: int) -> Packing:
         return [tensor.reshape(*(1,) * ones, *tensor.shape)]
 
     return Packing(1, pack, unpack)
+def _pack_qkv_fused(tensors: list[Tensor], sizes: HeadCounts) -> Tensor:
+    head_width, rest = divmod(tensors[0].shape[0], sizes.heads + 2 * sizes.groups)
+    if rest:
+        raise ValueError(f"rows do not fit {sizes.heads} query heads and {sizes.groups} key/value groups")
+    key_rows = sizes.groups * head_width
+    return _pack_qkv(list(tensors[0].split([sizes.heads * head_width, key_rows, key_rows])), sizes)
+
+
+def _unpack_qkv_fused(tensor: Tensor, sizes: HeadCounts) -> list[Tensor]:
+    return [torch.cat(_unpack_qkv(tensor, sizes))]
 
 
 PACKINGS: dict[str, Packing] = {
     "same": Packing(1, _pack_same, _unpack_same),
     "cat2": Packing(2, _pack_cat2, _unpack_cat2),
     "qkv": Packing(3, _pack_qkv, _unpack_qkv),
+    "qkv_fused": Packing(1, _pack_qkv_fused, _unpack_qkv_fused),
     "kv": Packing(2, _pack_kv, _unpack_kv),
     "lead1": _leading(1),
     "lead2": _leading(2),
 }
 """By the name a Row uses. `same`: one tensor as it is. `cat2`: [first; second] along dim 0, such as [gate; up]. `qkv`:
 query [N*D, ...], key and value [G*D, ...] to megatron's [G * (N/G + 2) * D, ...]: per group its queries, its key, its
-value (N heads, G key/value groups, D head width); weights and biases alike. `kv`: the same without queries. `lead1`,
-`lead2`: [1, ...] or [1, 1, ...] to [...]."""
+value (N heads, G key/value groups, D head width); weights and biases alike. `qkv_fused`: the same from one tensor of
+all queries, then all keys, then all values. `kv`: the same without queries. `lead1`, `lead2`: [1, ...] or [1, 1, ...] to
+[...]."""

@@ -93,7 +93,7 @@ def from_hf(config: dict[str, Any]) -> VisionOptions:
         activation="quick_gelu",
         norm_eps=fields["layer_norm_eps"],
         has_class_token=True,
-        keep_class_token=True,
+        keep_first_token=True,
         has_pre_norm=True,
         has_patch_bias=False,
         has_post_norm=True,
