@@ -92,14 +92,14 @@ class HfCheckpoint:
         }
 
     def origins(self) -> dict[tuple[str, str, str], list[str]]:
-        """(part, how, directory) -> the canonical names that came from there so. How is copied, duplicated for what was
-        copied to another place, too, or drawn."""
+        """(part, how, directory) -> the canonical names that came from there so. How is copied or drawn, and would be
+        duplicated for what a family copies to a second place, too."""
         origins: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for entry in self.table.entries():
             part = entry.name.split(".")[0]
             is_drawn = entry.name in self.drawn
-            how = "drawn" if is_drawn else "duplicated" if entry.is_duplicate else "copied"
-            origins[part, how, "" if is_drawn else str(self.source.file(entry.hf[0]).parent)].append(entry.name)
+            origin = (part, "drawn", "") if is_drawn else (part, "copied", str(self.source.file(entry.hf[0]).parent))
+            origins[origin].append(entry.name)
         return dict(origins)
 
     def load_slice(self, name: str, tp_rank: int, tp_size: int) -> Tensor:

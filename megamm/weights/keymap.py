@@ -47,9 +47,6 @@ class Row:
     """Key of shard.PARTITION_DIM. `vocab` pads on import and cuts on export."""
     std: float = 0.02
     """Standard deviation that it is drawn with, where it is drawn and is neither norm nor bias."""
-    is_duplicate: bool = False
-    """Whether its `hf` tensors are another row's, too: where a start has one tensor, the model gets two alike. Only in
-    tables that are never exported with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +70,6 @@ class Entry:
     tp: str | None
     dims: Dims
     std: float = 0.02
-    is_duplicate: bool = False
 
     @property
     def partition_dim(self) -> int | None:
@@ -196,8 +192,7 @@ class KeyMap:
     @cached_property
     def _entries(self) -> dict[str, Entry]:
         entries = [entry for row, dims in self._rows if isinstance(row, Row) for entry in _expand(row, dims)]
-        hf = [key for entry in entries if not entry.is_duplicate for key in entry.hf]
-        for names in ([entry.name for entry in entries], hf):
+        for names in ([entry.name for entry in entries], [key for entry in entries for key in entry.hf]):
             if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                 raise ValueError(f"in more than one row of the table: {', '.join(twice)}")
         return {entry.name: entry for entry in entries}
@@ -252,11 +247,11 @@ def _check(row: Row | Keep, dims: Dims) -> None:
 
 def _expand(row: Row, dims: Dims) -> Iterator[Entry]:
     if "{i}" not in row.name:
-        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims, row.std, row.is_duplicate)
+        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims, row.std)
         return
     for layer in range(dims.layers):
         name, *hf = (name.replace("{i}", str(layer)) for name in (row.name, *row.hf))
-        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims, row.std, row.is_duplicate)
+        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims, row.std)
 
 
 def _prefixed(name: str, prefixes: Mapping[str, str]) -> str:
