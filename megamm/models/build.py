@@ -60,6 +60,8 @@ def units(
     ]
     if p.kind == "abstractor":
         out.append(_abstractor(p, v.num_features, num_images, bytes_per_value))
+    elif p.num_queries:
+        out.append(_resampler(p, v.num_features, num_images, bytes_per_value))
     else:
         weights = p.in_size * p.out_size + (p.num_linears - 1) * p.out_size**2
         kept = p.in_size + 2 * (p.num_linears - 1) * p.out_size
@@ -101,5 +103,21 @@ def _abstractor(p: ProjectorOptions, num_features: int, num_images: float, bytes
         "projector",
         num_images * (p.num_layers * layer_flops + 2 * queries * a * p.out_size),
         p.num_layers * layer_parameters + queries * a + a * p.out_size + 2 * p.out_size,
+        int(kept * num_images * bytes_per_value),
+    )
+
+
+def _resampler(p: ProjectorOptions, num_features: int, num_images: float, bytes_per_value: int) -> Unit:
+    d, f, inner, queries = p.hidden_size, p.ffn_size, p.num_heads * p.head_dim, p.num_queries
+    is_perceiver = p.kind == "perceiver"
+    width, keys = (d, num_features + queries) if is_perceiver else (p.in_size, num_features)
+    outside = p.in_size * d if is_perceiver else d * p.out_size
+    layer_flops = 2 * (2 * d * inner + 2 * d * f) * queries + 4 * width * inner * keys + 4 * queries * keys * inner
+    layer_parameters = 2 * d * inner + 2 * width * inner + 2 * d * f + 2 * (2 * d + width)
+    kept = p.num_layers * ((width + 2 * inner) * keys + (4 * d + 2 * inner + 2 * f) * queries)
+    return Unit(
+        "projector",
+        num_images * (p.num_layers * layer_flops + 2 * outside * (num_features if is_perceiver else queries)),
+        p.num_layers * layer_parameters + queries * d + outside + 2 * d + d * is_perceiver,
         int(kept * num_images * bytes_per_value),
     )

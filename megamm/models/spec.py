@@ -147,6 +147,7 @@ def projector_config(options: ProjectorOptions, build: Build) -> TransformerConf
         num_layers=1,
         hidden_size=options.in_size if options.num_heads else options.out_size,
         num_attention_heads=options.num_heads or build.tp,
+        kv_channels=options.head_dim or None,
         sequence_parallel=False,
     )
 

@@ -23,6 +23,7 @@ from megamm.models.llm.decoder import Decoder
 from megamm.models.options import VlmOptions
 from megamm.models.projector.abstractor_layers import Abstractor
 from megamm.models.projector.layers import Projector
+from megamm.models.projector.resampler_layers import Resampler
 from megamm.models.spec import PartConfigs
 from megamm.models.vision.vit import VisionTower, select_features
 from megamm.parallel import carry
@@ -44,13 +45,15 @@ class VLM(MegatronModule):
         self.pre_process = not stage.earlier
         self.post_process = not stage.later
         self.vision: VisionTower | None = None
-        self.projector: Projector | Abstractor | None = None
+        self.projector: Projector | Abstractor | Resampler | None = None
         self.llm: Decoder | None = None
         if stage.has("vision.embed") or stage.vision_layers:
             self.vision = VisionTower(options.vision, configs.vision, stage)
         if stage.has("projector"):
             if options.projector.kind == "abstractor":
                 self.projector = Abstractor(options.projector, configs.projector, options.vision.num_features)
+            elif options.projector.num_queries:
+                self.projector = Resampler(options.projector, configs.projector)
             else:
                 self.projector = Projector(options.projector, configs.projector)
         if stage.has("llm.embed") or stage.llm_layers or stage.has("llm.head"):

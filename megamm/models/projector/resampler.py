@@ -1,5 +1,5 @@
 """Learned queries that attend to the image features and become the visual tokens. Tables and options only; the layers
-stand in models/projector/attention.py.
+stand in models/projector/resampler_layers.py.
 
 `resampler` is TinyLLaVA Bench's: queries of a width of their own, which attend to the features. `perceiver` is
 TinyLLaVA_Factory's: queries as wide as the llm, which attend to the features and to each other. Source: Flamingo, arXiv
@@ -32,6 +32,7 @@ def options(
         hidden_size=hidden_size,
         num_heads=heads,
         head_dim=head_dim,
+        ffn_size=4 * hidden_size,
     )
 
 
@@ -40,38 +41,38 @@ def keys(options: ProjectorOptions) -> KeyMap:
     d, inner = options.hidden_size, options.num_heads * options.head_dim
     ours = "layers.{i}."
     if options.kind == "perceiver":
-        attention, mlp, image, width = "layers.{i}.0.", "layers.{i}.1.", "norm_media", d
-        norms = {"norm_hidden": "norm_latents", "norm_image": image}
+        attention, mlp, width = "layers.{i}.0.", "layers.{i}.1.", d
+        hidden, image = "norm_latents", "norm_media"
         outer = [
             Row("queries", ("latents",), (options.num_queries, d)),
             Row("linear_in.weight", ("linear.weight",), (d, options.in_size)),
             Row("linear_in.bias", ("linear.bias",), (d,)),
             *_norm("norm", "norm", d),
         ]
-        kv = [Row(f"{ours}to_kv.weight", (f"{attention}to_kv.weight",), (2 * inner, d), tp="col2")]
+        kv = Row(f"{ours}linear_kv.weight", (f"{attention}to_kv.weight",), (2 * inner, d), pack="kv_fused", tp="col")
     else:
         attention, mlp, width = "resampler_blocks.{i}.", "resampler_blocks.{i}.feed_forward.", options.in_size
-        norms = {"norm_hidden": "norm_hidden", "norm_image": "norm_image"}
+        hidden, image = "norm_hidden", "norm_image"
         outer = [
             Row("queries", ("queries",), (options.num_queries, d)),
             *_norm("norm", "post_norm", d),
             Row("linear_out.weight", ("final_proj.weight",), (options.out_size, d)),
         ]
         names = (f"{attention}to_k.weight", f"{attention}to_v.weight")
-        kv = [Row(f"{ours}to_kv.weight", names, (2 * inner, width), pack="cat2", tp="col2")]
+        kv = Row(f"{ours}linear_kv.weight", names, (2 * inner, width), pack="kv", tp="col")
     return KeyMap(
         [
             *outer,
-            *_norm(f"{ours}norm_hidden", attention + norms["norm_hidden"], d),
-            *_norm(f"{ours}norm_image", attention + norms["norm_image"], width),
-            Row(f"{ours}to_q.weight", (f"{attention}to_q.weight",), (inner, d), tp="col"),
-            *kv,
-            Row(f"{ours}to_out.weight", (f"{attention}to_out.weight",), (d, inner), tp="row"),
-            *_norm(f"{ours}norm_mlp", f"{mlp}0", d),
-            Row(f"{ours}fc1.weight", (f"{mlp}1.weight",), (4 * d, d), tp="col"),
-            Row(f"{ours}fc2.weight", (f"{mlp}3.weight",), (d, 4 * d), tp="row"),
+            *_norm(f"{ours}query_norm", attention + hidden, d),
+            *_norm(f"{ours}feature_norm", attention + image, width),
+            Row(f"{ours}linear_q.weight", (f"{attention}to_q.weight",), (inner, d), tp="col"),
+            kv,
+            Row(f"{ours}linear_proj.weight", (f"{attention}to_out.weight",), (d, inner), tp="row"),
+            *_norm(f"{ours}mlp_norm", f"{mlp}0", d),
+            Row(f"{ours}linear_fc1.weight", (f"{mlp}1.weight",), (options.ffn_size, d), tp="col"),
+            Row(f"{ours}linear_fc2.weight", (f"{mlp}3.weight",), (d, options.ffn_size), tp="row"),
         ],
-        Dims(layers=options.num_layers),
+        Dims(layers=options.num_layers, heads=options.num_heads, groups=options.num_heads),
     )
 
 
