@@ -55,6 +55,8 @@ class FamilyTables(Protocol):
     def drawn(self) -> tuple[str, ...]: ...
     @property
     def keys(self) -> Mapping[str, Callable[[Any], KeyMap]]: ...
+    @property
+    def start_keys(self) -> Callable[[Any], KeyMap] | None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,7 @@ class HfCheckpoint:
         """The global tensor of a canonical name, in its source dtype, vocabulary padded."""
         entry = self.table[name]
         if name in self.drawn:
-            return draw(name, entry.shape, self.seed).to(self.drawn[name].dtype)
+            return draw(name, entry.shape, self.seed, entry.std).to(self.drawn[name].dtype)
         return entry.pack([self.source.read(key) for key in entry.hf])
 
     def metas(self) -> dict[str, Tensor]:
@@ -154,7 +156,8 @@ def open_start(
         _refuse_adapter(hf_dir)
         source = HfSource(hf_dir)
         config = read_config(hf_dir) if (Path(hf_dir) / CONFIG).exists() else config
-    checkpoint = _open_as(family, config, tower_config, source, (llm, tower), family.drawn)
+    tables = None if family.start_keys is None else {family.export_dialect: family.start_keys}
+    checkpoint = _open_as(family, config, tower_config, source, (llm, tower), family.drawn, tables)
     if unused := sorted(llm.infos.keys() - fill((), llm.infos, checkpoint.table).values()):
         raise CheckpointError(
             f"{llm_dir} holds {unused[0]} ({len(unused)} such tensors), which the llm of family {family.name} does not "
@@ -189,10 +192,13 @@ def _open_as(
     source: HfSource,
     parts: Sequence[HfSource],
     new: tuple[str, ...] = (),
+    keys: Mapping[str, Callable[[Any], KeyMap]] | None = None,
 ) -> HfCheckpoint:
-    """`parts` fill what `source` lacks, one after the other; what begins with one of `new` may be nowhere."""
+    """`parts` fill what `source` lacks, one after the other; what begins with one of `new` may be nowhere. `keys`: by
+    default the family's."""
     options = family.read(config, tower_config)
-    tables = {dialect: table for dialect, make in family.keys.items() if (table := make(options)).entries()}
+    makers = keys or family.keys
+    tables = {dialect: table for dialect, make in makers.items() if (table := make(options)).entries()}
     dialect = match(source.infos, tables, [part.infos for part in parts], new)
     table = tables[dialect]
     source = source.renamed(table.spelt(source.infos))

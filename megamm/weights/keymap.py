@@ -45,6 +45,8 @@ class Row:
     """Key of pack.PACKINGS."""
     tp: str | None = None
     """Key of shard.PARTITION_DIM. `vocab` pads on import and cuts on export."""
+    std: float = 0.02
+    """Standard deviation that it is drawn with, where it is drawn and is neither norm nor bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Entry:
     packing: str
     tp: str | None
     dims: Dims
+    std: float = 0.02
 
     @property
     def partition_dim(self) -> int | None:
@@ -238,17 +241,17 @@ def _check(row: Row | Keep, dims: Dims) -> None:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab_padded rows, not shape {row.shape}")
     if row.tp == "vocab" and not 0 < dims.vocab <= dims.vocab_padded:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab and a dims.vocab_padded that holds it")
-    if row.pack in ("qkv", "qkv_fused") and (dims.groups < 1 or dims.heads % dims.groups):
+    if row.pack in ("qkv", "qkv_fused", "kv") and (dims.groups < 1 or dims.heads % dims.groups):
         raise ValueError(f"{row.name}: pack {row.pack!r} needs dims.heads to be a multiple of dims.groups")
 
 
 def _expand(row: Row, dims: Dims) -> Iterator[Entry]:
     if "{i}" not in row.name:
-        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims)
+        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims, row.std)
         return
     for layer in range(dims.layers):
         name, *hf = (name.replace("{i}", str(layer)) for name in (row.name, *row.hf))
-        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims)
+        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims, row.std)
 
 
 def _prefixed(name: str, prefixes: Mapping[str, str]) -> str:
