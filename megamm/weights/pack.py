@@ -96,6 +96,8 @@ def _leading(ones: int) -> Packing:
         return [tensor.reshape(*(1,) * ones, *tensor.shape)]
 
     return Packing(1, pack, unpack)
+
+
 def _pack_qkv_fused(tensors: list[Tensor], sizes: HeadCounts) -> Tensor:
     head_width, rest = divmod(tensors[0].shape[0], sizes.heads + 2 * sizes.groups)
     if rest:
@@ -120,5 +122,5 @@ PACKINGS: dict[str, Packing] = {
 """By the name a Row uses. `same`: one tensor as it is. `cat2`: [first; second] along dim 0, such as [gate; up]. `qkv`:
 query [N*D, ...], key and value [G*D, ...] to megatron's [G * (N/G + 2) * D, ...]: per group its queries, its key, its
 value (N heads, G key/value groups, D head width); weights and biases alike. `qkv_fused`: the same from one tensor of
-all queries, then all keys, then all values. `kv`: the same without queries. `lead1`, `lead2`: [1, ...] or [1, 1, ...] to
-[...]."""
+all queries, then all keys, then all values. `kv`: `qkv` without queries. `lead1`, `lead2`: [1, ...] or [1, 1, ...]
+to [...]."""
