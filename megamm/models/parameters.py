@@ -76,7 +76,7 @@ def join(entry: Entry, local: Tensor) -> Tensor:
 
 
 def freeze(chunks: Iterable[VLM], parts: Collection[str]) -> None:
-    """Stop training the parameters of these parts (vision, projector, llm).
+    """Stop training the parameters of these parts (vision, projector, llm, words).
 
     Where nothing in front of a stage is trained any more, the stage will neither compute nor send a gradient for it.
     """
@@ -85,4 +85,4 @@ def freeze(chunks: Iterable[VLM], parts: Collection[str]) -> None:
         if name.split(".")[0] in parts:
             parameter.requires_grad_(False)
     for chunk in chunks:
-        chunk.sends_gradient = any(unit.parameters and unit.part not in parts for unit in chunk.stage.earlier)
+        chunk.sends_gradient = any(unit.is_trained(parts) for unit in chunk.stage.earlier)

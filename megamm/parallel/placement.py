@@ -38,11 +38,18 @@ class Unit:
     """Weights, over all tensor parallel ranks."""
     activation_bytes: int
     """Bytes kept from the forward to the backward pass of one micro-batch, over all tensor parallel ranks."""
+    guests: tuple[str, ...] = ()
+    """Further parts that have weights in this unit."""
 
     @property
     def part(self) -> str:
         """The part of the model it belongs to: vision, projector or llm."""
         return self.name.split(".")[0]
+
+    def is_trained(self, frozen: Collection[str]) -> bool:
+        """Whether it has weights that are trained when these parts, or single units, are not."""
+        trained = any(part not in frozen for part in (self.part, *self.guests))
+        return bool(self.parameters) and trained and self.name not in frozen
 
     @property
     def symbol(self) -> str:
@@ -152,7 +159,7 @@ def step_flops(units: Sequence[Unit], frozen: Collection[str], recompute: bool =
     costs = []
     trained_before = False
     for unit in units:
-        trained = bool(unit.parameters) and unit.part not in frozen and unit.name not in frozen
+        trained = unit.is_trained(frozen)
         passes = trained + trained_before
         costs.append(unit.flops * (1 + passes + (recompute and passes > 0)))
         trained_before = trained_before or trained

@@ -45,6 +45,8 @@ class Row:
     """Key of pack.PACKINGS."""
     tp: str | None = None
     """Key of shard.PARTITION_DIM. `vocab` pads on import and cuts on export."""
+    is_exported: bool = True
+    """Whether an export writes it; False: the layout has no place for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Entry:
     packing: str
     tp: str | None
     dims: Dims
+    is_exported: bool
 
     @property
     def partition_dim(self) -> int | None:
@@ -244,11 +247,11 @@ def _check(row: Row | Keep, dims: Dims) -> None:
 
 def _expand(row: Row, dims: Dims) -> Iterator[Entry]:
     if "{i}" not in row.name:
-        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims)
+        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims, row.is_exported)
         return
     for layer in range(dims.layers):
         name, *hf = (name.replace("{i}", str(layer)) for name in (row.name, *row.hf))
-        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims)
+        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims, row.is_exported)
 
 
 def _prefixed(name: str, prefixes: Mapping[str, str]) -> str:
@@ -287,8 +290,8 @@ def match(
 
     A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. The names of `parts`,
     each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` may be lacking, but
-    only all of them together. CheckpointError: none or several match; the message lists what is left over and what is
-    missing in the nearest dialect.
+    of each of these only all together. CheckpointError: none or several match; the message lists what is left over and
+    what is missing in the nearest dialect.
     """
     release = set(names)
     faults: dict[str, tuple[list[str], list[str]]] = {}
@@ -296,8 +299,10 @@ def match(
         found = set(table.spelt(release))
         for part in parts:
             found |= fill(found, part, table).keys()
-        optional = {key for entry in table.entries() if entry.name.startswith(new) for key in entry.hf}
-        needed = table.hf_names if optional & found else table.hf_names - optional
+        needed = set(table.hf_names)
+        for prefix in new:
+            optional = {key for entry in table.entries() if entry.name.startswith(prefix) for key in entry.hf}
+            needed -= optional if not optional & found else set()
         unknown = found - table.hf_names
         faults[dialect] = (sorted(unknown - table.kept(unknown).keys()), sorted(needed - found))
     matching = [dialect for dialect, (left_over, missing) in faults.items() if not left_over and not missing]
