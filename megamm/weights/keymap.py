@@ -149,8 +149,10 @@ class KeyMap:
         return table
 
     def __add__(self, other: "KeyMap") -> "KeyMap":
-        """Both tables, each row with its own sizes."""
-        return KeyMap._of((*self._rows, *other._rows))
+        """Both tables, each row with its own sizes, and what both accept."""
+        table = KeyMap._of((*self._rows, *other._rows))
+        table._aliases = self._aliases | other._aliases
+        return table
 
     def renamed(self, *, ours: str = "", hf: Mapping[str, str] | None = None) -> "KeyMap":
         """`ours` put before canonical names; in Hugging Face names the longest prefix that is in `hf` replaced."""
@@ -164,7 +166,7 @@ class KeyMap:
 
     def accepting(self, aliases: Mapping[str, str]) -> "KeyMap":
         """This table for releases, too, whose names begin with a key of `aliases` where its own begin with the value;
-        the longest one that fits counts. The last step: `+` and `renamed` forget it."""
+        the longest one that fits counts. `renamed` forgets it."""
         table = KeyMap._of(self._rows)
         table._aliases = dict(aliases)
         return table
