@@ -1,11 +1,13 @@
 """Names a user may write -> what they stand for, as dict literals."""
 
 from megamm.errors import ConfigError
-from megamm.models import llava, vw_lmm
+from megamm.models import imp, llava, tinyllava, vw_lmm
 from megamm.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     "llava": llava.FAMILY,
+    "tinyllava": tinyllava.FAMILY,
+    "imp": imp.FAMILY,
     "vw_lmm": vw_lmm.FAMILY,
     "vw_lmm_pif": vw_lmm.PIF,
 }

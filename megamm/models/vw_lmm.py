@@ -1,71 +1,84 @@
-"""VW-LMM: LLaVA-1.5 with a head of visual words. Two families of one layout: `vw_lmm`, whose llm reads visual tokens,
-and `vw_lmm_pif`, whose llm reads pseudo image features; nothing in a release tells them apart. Source: arXiv 2403.07720.
+"""VW-LMM: LLaVA-1.5 with a head of visual words, on Vicuna or Mistral. Source: arXiv 2403.07720.
 
-Published in the spelling of LLaVA's authors with one more key. transformers' llava holds the first without its head,
-which only training needs, and cannot hold the second.
+Two families of one layout: `vw_lmm`, whose llm reads visual tokens, and `vw_lmm_pif`, whose llm reads pseudo image
+features; nothing in a release tells them apart. Published in the spelling of LLaVA's authors with one more key.
+transformers' llava holds the first without its head, which only training needs, and cannot hold the second.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from megamm.errors import CheckpointError
-from megamm.models import native, original
+from megamm.models import llava_line, original
 from megamm.models.family import Family
-from megamm.models.llm import llama
+from megamm.models.llm import llama, mistral
 from megamm.models.options import VlmOptions
-from megamm.models.parts import LlmPart
+from megamm.models.original import Class
+from megamm.models.parts import Parts
 from megamm.models.vision import clip
 from megamm.weights.keymap import Dims, KeyMap, Row
 
+_PARTS = Parts(llms=(llama, mistral), visions=(clip,), projectors=("linear", "mlpNx_gelu"))
 _HEAD = "words.vm_head.weight"
 
 
-def _decoder(config: dict[str, Any]) -> LlmPart:
-    """The file of the decoder that a config.json is of; the flat spelling has no model_type of its own for it."""
-    return llama
+def _is_mistral(config: dict[str, Any]) -> bool:
+    """The flat config.json says no model_type of its llm; only Mistral's has a window, be it null."""
+    return "sliding_window" in config
 
 
-def _read(
-    config: dict[str, Any], tower_config: dict[str, Any] | None = None, *, family: str, has_pseudo_features: bool
-) -> VlmOptions:
-    llm = _decoder(config)
-    if original.is_original(config):
-        options = original.read(
-            config, tower_config, family=family, model_types=("llava", "llava_llama"), llm=llm, vision=clip
-        )
-    else:
-        options = native.read(config, tower_config, family=family, llm=llm, vision=clip)
-    return replace(options, has_visual_words=True, has_pseudo_features=has_pseudo_features)
+def _family(name: str, prefix: str, *, has_pseudo_features: bool) -> Family:
+    released = [Class(model_type="llava", architecture=f"{prefix}LlamaForCausalLM", llm=llama)]
+    released += [Class(model_type="llava", architecture=f"{prefix}MistralForCausalLM", llm=mistral)]
+    plain = [Class(model_type="llava_llama", architecture="LlavaLlamaForCausalLM", llm=llama)]
+    plain += [Class(model_type="llava_mistral", architecture="LlavaMistralForCausalLM", llm=mistral)]
+    line = llava_line.family(name=name, parts=_PARTS, template="v1", classes=released)
 
+    def read(config: dict[str, Any], tower_config: dict[str, Any] | None = None) -> VlmOptions:
+        """config.json in either spelling -> options; of a plain LLaVA-1.5, too, to start from."""
+        if original.is_original(config):
+            llm = mistral if _is_mistral(config) else llama
+            classes = [one for one in (*released, *plain) if one.llm is llm]
+            options = original.read(config, tower_config, family=name, parts=_PARTS, classes=classes)
+        else:
+            options = line.read(config, tower_config)
+        return replace(options, has_visual_words=True, has_pseudo_features=has_pseudo_features)
 
-def _write(options: VlmOptions, dialect: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    llm = _decoder(options.hf)
-    if dialect == "hf":
-        if options.has_pseudo_features:
+    def write(options: VlmOptions, dialect: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Options -> config.json, and the tower's; what was read of a plain LLaVA is written as a VW-LMM."""
+        if dialect == "hf" and has_pseudo_features:
             raise CheckpointError(
-                f"transformers' llava cannot hold a {options.family}: its llm reads visual tokens, this one pseudo image "
-                "features; export with --dialect original"
+                f"transformers' llava cannot hold a {name}: its llm reads visual tokens, this one pseudo image features; "
+                "export with --dialect original"
             )
-        return native.write(options, llm=llm, vision=clip), None
-    return original.write(options, model_type="llava", architecture="vwLlamaForCausalLM", llm=llm, vision=clip)
+        return line.write(options, dialect)
 
+    def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any]) -> dict[str, Any]:
+        """The flat config.json of a plain llm and a plain tower."""
+        return line.write(line.read(line.compose(llm_hf, tower_hf), None), "original")[0]
 
-def _compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any], *, read: Callable[..., VlmOptions]) -> dict[str, Any]:
-    """The flat config.json of a plain llm and a plain tower."""
-    options = read(native.compose(llm_hf, tower_hf, llm=_decoder(llm_hf), vision=clip))
-    return _write(options, "original")[0]
+    def keys(table: Callable[[VlmOptions], KeyMap], is_exported: bool) -> Callable[[VlmOptions], KeyMap]:
+        return lambda options: table(options) + _head(options, is_exported)
 
-
-def _keys(options: VlmOptions, *, spelling: Callable[..., KeyMap], is_exported: bool) -> KeyMap:
-    """LLaVA's table, and the head. Imports of either spelling may have it or lack it."""
-    llm = options.llm
-    head = Row(
-        _HEAD, ("vm_head.weight",), (llm.padded_vocab_size, llm.hidden_size), tp="vocab", is_exported=is_exported
+    return replace(
+        line,
+        read=read,
+        write=write,
+        compose=compose,
+        keys={"original": keys(line.keys["original"], True), "hf": keys(line.keys["hf"], False)},
+        export_dialect="original",
+        duplicated=_duplicated,
+        is_recognised=not has_pseudo_features,
     )
-    table = spelling(options, llm=_decoder(options.hf), vision=clip)
-    return table + KeyMap((head,), Dims(vocab=llm.vocab_size, vocab_padded=llm.padded_vocab_size))
+
+
+def _head(options: VlmOptions, is_exported: bool) -> KeyMap:
+    """The table of the head alone; an import in either spelling may have it or lack it."""
+    llm = options.llm
+    shape = (llm.padded_vocab_size, llm.hidden_size)
+    row = Row(_HEAD, ("vm_head.weight",), shape, tp="vocab", is_exported=is_exported)
+    return KeyMap((row,), Dims(vocab=llm.vocab_size, vocab_padded=llm.padded_vocab_size))
 
 
 def _duplicated(options: VlmOptions) -> dict[str, str]:
@@ -74,23 +87,5 @@ def _duplicated(options: VlmOptions) -> dict[str, str]:
     return {_HEAD: "llm.embedding.word_embeddings.weight" if tied else "llm.output_layer.weight"}
 
 
-def _family(name: str, has_pseudo_features: bool) -> Family:
-    read = partial(_read, family=name, has_pseudo_features=has_pseudo_features)
-    return Family(
-        name=name,
-        read=read,
-        write=_write,
-        compose=partial(_compose, read=read),
-        keys={
-            "original": partial(_keys, spelling=original.keys, is_exported=True),
-            "hf": partial(_keys, spelling=native.keys, is_exported=False),
-        },
-        export_dialect="original",
-        duplicated=_duplicated,
-        is_recognised=not has_pseudo_features,
-        template="v1",
-    )
-
-
-FAMILY = _family("vw_lmm", has_pseudo_features=False)
-PIF = _family("vw_lmm_pif", has_pseudo_features=True)
+FAMILY = _family("vw_lmm", "vw", has_pseudo_features=False)
+PIF = _family("vw_lmm_pif", "vwPif", has_pseudo_features=True)

@@ -112,10 +112,9 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
         if not of_config and not of_sizes:
             problems += _interleaving_problems(config, choose_layout(config.parallel, names_only), world_size)
     problems += _part_problems(config, options)
-    if config.data.max_tokens > options.llm.max_positions:
+    if config.data.max_tokens > (longest := max(options.llm.max_positions, options.max_tokens or 0)):
         problems.append(
-            f"data.max_tokens={config.data.max_tokens}: the llm was made for {options.llm.max_positions} positions; "
-            "give at most that"
+            f"data.max_tokens={config.data.max_tokens}: the model was made for {longest} positions; give at most that"
         )
     for name, reader in readers.items():
         problems += _data_problems(name, reader, model)

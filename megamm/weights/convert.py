@@ -212,7 +212,7 @@ def _open_as(
     """`parts` fill what `source` lacks, one after the other; what begins with one of `new` may be nowhere, and with
     `may_duplicate` what the family duplicates."""
     options = family.read(config, tower_config)
-    tables = {dialect: make(options) for dialect, make in family.keys.items()}
+    tables = {dialect: table for dialect, make in family.keys.items() if (table := make(options)).entries()}
     copies = family.duplicated(options) if may_duplicate else {}
     dialect = match(source.infos, tables, [part.infos for part in parts], (*new, *copies))
     table = tables[dialect]
