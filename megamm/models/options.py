@@ -26,7 +26,7 @@ class VisionOptions:
     has_pre_norm: bool
     has_patch_bias: bool
     model_type: str = ""
-    """`MODEL_TYPE` of the file of models/vision/ that reads and writes it; `Parts` says it."""
+    """`MODEL_TYPE` of the file of models/vision/ that reads and writes it."""
 
     @property
     def num_patches(self) -> int:

@@ -90,7 +90,7 @@ def read(
             f"config.json: mm_hidden_size is {fields['mm_hidden_size']} and the --tower's hidden_size is "
             f"{tower.hidden_size}; give the tower that the model was made with"
         )
-    decoder = replace(chosen.llm.from_hf(config), model_type=chosen.llm.MODEL_TYPE, **chosen.always)
+    decoder = replace(chosen.llm.from_hf(config), **chosen.always)
     sizes = dict(in_size=tower.hidden_size, out_size=decoder.hidden_size)
     projector = published.read(fields["mm_projector_type"], "mm_projector_type", config, parts.projectors, **sizes)
     return VlmOptions(

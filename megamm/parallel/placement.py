@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, groupby
 from math import inf
 
+from megamm.config.frozen import is_frozen
 from megamm.config.schema import Parallel
 from megamm.errors import ConfigError
 
@@ -47,9 +48,8 @@ class Unit:
         return self.name.split(".")[0]
 
     def is_trained(self, frozen: Collection[str]) -> bool:
-        """Whether it has weights that are trained when these parts, or single units, are not."""
-        trained = any(part not in frozen for part in (self.part, *self.guests))
-        return bool(self.parameters) and trained and self.name not in frozen
+        """Whether it has weights that `frozen`, as `train.freeze` says it, leaves to train."""
+        return bool(self.parameters) and not all(is_frozen(name, frozen) for name in (self.name, *self.guests))
 
     @property
     def symbol(self) -> str:
@@ -152,7 +152,7 @@ class Layout:
 def step_flops(units: Sequence[Unit], frozen: Collection[str], recompute: bool = False) -> list[float]:
     """FLOPs of the forward and backward pass of one micro-batch, of each unit.
 
-    frozen: names of parts or of single units that are not trained. recompute: whether the forward pass is run again in
+    frozen: what is not trained, as `train.freeze` says it. recompute: whether the forward pass is run again in
     the backward pass. A backward pass costs one forward for the gradient of the weights, where they are trained, and
     one for the gradient of the input, where something before it is trained.
     """

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megamm.config.check import find_problems
+from megamm.config.frozen import num_frozen_layers
 from megamm.config.schema import PARTS, Checkpoint, Config, Data, Loss
 from megamm.data.image import ImageFormat
 from megamm.data.indexed import Reader
@@ -116,6 +117,9 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
         problems.append(
             f"data.max_tokens={config.data.max_tokens}: the model was made for {longest} positions; give at most that"
         )
+    for part, layers in (("vision", options.vision.num_layers), ("llm", options.llm.num_layers)):
+        if (first := num_frozen_layers(part, config.train.freeze)) > layers:
+            problems.append(f"train.freeze={part}[:{first}]: the {part} has {layers} layers; give at most {layers}")
     for name, reader in readers.items():
         problems += _data_problems(name, reader, model)
     if resumed is not None and config.checkpoint.resume:
