@@ -1,6 +1,6 @@
 """From our options and the backend to megatron-core's TransformerConfig and layer specs, the one caller of these."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megamm import backend
+from megamm.config.schema import Loss
 from megamm.models.layers.modality_adaptive import (
     ModalityAdaptiveAttention,
     ModalityAdaptiveLayer,
@@ -34,6 +35,7 @@ class Build:
     layout: Layout
     precision: backend.Precision = "fp32"
     recompute: Literal["none", "full"] = "none"
+    loss: Loss = field(default_factory=Loss)
 
     @property
     def dtype(self) -> torch.dtype:
