@@ -1,11 +1,12 @@
 """Names a user may write -> what they stand for, as dict literals."""
 
 from megamm.errors import ConfigError
-from megamm.models import llava
+from megamm.models import llava, mplug_owl3
 from megamm.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     "llava": llava.FAMILY,
+    "mplug_owl3": mplug_owl3.FAMILY,
 }
 
 

@@ -52,6 +52,23 @@ class ProjectorOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HyperOptions:
+    """Decoder layers that read the visual tokens themselves, which then are no part of the sequence."""
+
+    layers: tuple[int, ...]
+    """Their numbers, counted from 0."""
+    kind: Literal["gated", "joint"]
+    """Two attentions and a learned gate between them, or one softmax over visual tokens and text."""
+    tokens_per_image: int
+    """Visual tokens of one picture."""
+
+    @property
+    def delay(self) -> int:
+        """Tokens between a picture's first and the first token that sees the picture."""
+        return int(self.kind == "gated")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LlmOptions:
     """A decoder."""
 
@@ -70,6 +87,8 @@ class LlmOptions:
     has_qkv_bias: bool = False
     has_tied_embeddings: bool = False
     """Whether the head uses the embedding's weights."""
+    hyper: HyperOptions | None = None
+    """None: visual tokens are placed in the sequence, and no layer reads them beside it."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -106,4 +125,5 @@ class VlmOptions:
 
     def reads_features(self, unit: str) -> bool:
         """Whether that unit of the llm reads the visual tokens, beside the hidden states that they were placed in."""
-        return False
+        hyper = self.llm.hyper
+        return hyper is not None and unit in {f"llm.layer.{layer}" for layer in hyper.layers}

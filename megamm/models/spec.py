@@ -1,6 +1,6 @@
 """From our options and the backend to megatron-core's TransformerConfig and layer specs, the one caller of these."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,8 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megamm import backend
-from megamm.models.options import LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
+from megamm.models.layers.hyper_attention import HyperAttention, HyperAttentionSubmodules, HyperLayer
+from megamm.models.options import HyperOptions, LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
 from megamm.parallel.placement import Layout
 
 
@@ -198,4 +199,33 @@ def layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
 
 def decoder_layer_spec(options: LlmOptions, layer: int) -> ModuleSpec:
     """Layer number `layer` of a decoder, counted from 0 over all stages."""
-    return layer_spec(AttnMaskType.causal)
+    spec = layer_spec(AttnMaskType.causal)
+    if options.hyper is None or layer not in options.hyper.layers:
+        return spec
+    return hyper_layer_spec(spec, options.hyper)
+
+
+def hyper_layer_spec(spec: ModuleSpec, hyper: HyperOptions) -> ModuleSpec:
+    """The layer of `spec`, made to read the visual tokens, too. Its first norm stands alone on every backend: text and
+    visual tokens go through it on their way to two linears."""
+    layers = backend.current().layers
+    attention = HyperAttentionSubmodules(
+        linear_qkv=layers.column_linear,
+        core_attention=layers.core_attention,
+        linear_proj=layers.row_linear,
+        linear_image_kv=layers.column_linear,
+    )
+    first_norm = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return ModuleSpec(
+        module=HyperLayer,
+        submodules=replace(
+            spec.submodules,
+            input_layernorm=layers.norm,
+            self_attention=ModuleSpec(
+                module=HyperAttention,
+                params={"attn_mask_type": AttnMaskType.causal, "hyper": hyper},
+                submodules=attention,
+            ),
+            sharded_state_dict_keys_map=spec.submodules.sharded_state_dict_keys_map | first_norm,
+        ),
+    )

@@ -123,10 +123,15 @@ class VLM(MegatronModule):
         x_SBH = keep_gradient_path(x_SBH, self.llm.decoder)
         if not self.llm.pre_process:
             self.llm.set_input_tensor(x_SBH)
+        side_inputs: dict[str, Tensor] = {}
+        if self._reads_features:
+            assert features_R1H is not None
+            side_inputs = {"context": features_R1H, "context_mask": batch.starts_BM}
         return self.llm(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=x_SBH if self.llm.pre_process else None,
             labels=None if keep_logits else batch.targets_BS.clamp(min=0),
+            extra_block_kwargs=side_inputs,
         )

@@ -5,7 +5,7 @@ Tables come from a family, which is passed in; this file names none.
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,8 @@ class FamilyTables(Protocol):
     def write(self) -> Callable[[Any, str], tuple[dict[str, Any], dict[str, Any] | None]]: ...
     @property
     def compose(self) -> Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]: ...
+    @property
+    def complete(self) -> Callable[[dict[str, Any], Iterable[str]], dict[str, Any]]: ...
     @property
     def drawn(self) -> tuple[str, ...]: ...
     @property
@@ -188,6 +190,7 @@ def _open_as(
     new: tuple[str, ...] = (),
 ) -> HfCheckpoint:
     """`parts` fill what `source` lacks, one after the other; what begins with one of `new` may be nowhere."""
+    config = family.complete(config, source.infos)
     options = family.read(config, tower_config)
     tables = {dialect: make(options) for dialect, make in family.keys.items()}
     dialect = match(source.infos, tables, [part.infos for part in parts], new)

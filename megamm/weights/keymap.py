@@ -286,17 +286,18 @@ def match(
     """The one dialect of `tables` in which these Hugging Face names are written.
 
     A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. The names of `parts`,
-    each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` may be lacking, but
-    only all of them together. CheckpointError: none or several match; the message lists what is left over and what is
-    missing in the nearest dialect.
+    each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` (`{i}`: any number)
+    may be lacking, but only all of them together. CheckpointError: none or several match; the message lists what is left
+    over and what is missing in the nearest dialect.
     """
     release = set(names)
+    is_new = re.compile("|".join(r"\d+".join(map(re.escape, old.split("{i}"))) for old in new) or "(?!)")
     faults: dict[str, tuple[list[str], list[str]]] = {}
     for dialect, table in tables.items():
         found = set(table.spelt(release))
         for part in parts:
             found |= fill(found, part, table).keys()
-        optional = {key for entry in table.entries() if entry.name.startswith(new) for key in entry.hf}
+        optional = {key for entry in table.entries() if is_new.match(entry.name) for key in entry.hf}
         needed = table.hf_names if optional & found else table.hf_names - optional
         unknown = found - table.hf_names
         faults[dialect] = (sorted(unknown - table.kept(unknown).keys()), sorted(needed - found))
