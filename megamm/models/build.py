@@ -66,21 +66,26 @@ def units(
     vocabulary = t.padded_vocab_size * t.hidden_size
     out.append(Unit("llm.embed", 0.0, vocabulary, int(t.hidden_size * num_tokens * bytes_per_value)))
     attention_weights = t.hidden_size * (2 * q_size + 2 * kv_size)
-    bias = (q_size + 2 * kv_size) * t.has_qkv_bias
+    # Without a window the causal half of the square; a window of that or more changes nothing much.
+    seen = min(seq_length, 2.0 * (t.window or seq_length))
+    fc1_size = t.ffn_size * (1 + t.is_gated)
+    num_norms = 2 - t.has_parallel_residual
+    rest = num_norms * t.hidden_size * (1 + (t.norm == "LayerNorm")) + (q_size + 2 * kv_size) * t.has_qkv_bias
+    rest += (2 * t.hidden_size + fc1_size) * t.has_bias
     out += [
         unit(
             f"llm.layer.{i}",
-            attention_weights + 3 * t.hidden_size * t.ffn_size,
+            attention_weights + t.hidden_size * (fc1_size + t.ffn_size),
             num_tokens,
-            4 * t.hidden_size + 2 * q_size + 2 * kv_size + 3 * t.ffn_size,
-            attention=2.0 * num_tokens * seq_length * q_size,
-            rest=2 * t.hidden_size * (1 + (t.norm == "LayerNorm")) + bias,
+            4 * t.hidden_size + 2 * q_size + 2 * kv_size + fc1_size + t.ffn_size,
+            attention=2.0 * num_tokens * seen * q_size,
+            rest=rest,
         )
         for i in range(t.num_layers)
     ]
     # The logits are kept in float32, and once more as softmax.
     head_kept = t.hidden_size + 8 / bytes_per_value * t.padded_vocab_size
     head_norm = t.hidden_size * (1 + (t.norm == "LayerNorm"))
-    own = head_norm if t.has_tied_embeddings else head_norm + vocabulary
+    own = head_norm + t.padded_vocab_size * t.has_head_bias + vocabulary * (not t.has_tied_embeddings)
     out.append(Unit("llm.head", 2 * vocabulary * num_tokens, own, int(head_kept * num_tokens * bytes_per_value)))
     return out

@@ -41,10 +41,10 @@ class Family:
 
 
 def overlay(source: dict[str, Any], known: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`source` with the `known` values written over it; a key that the source leaves out stays out where its value is
-    the default, so that reading and writing a config.json changes nothing."""
+    """`source` with the `known` values written over it; a key that the source leaves out, or gives as null, stays so
+    where its value is the default: reading and writing a config.json changes nothing."""
     out = dict(source)
     for key, value in known.items():
-        if not source or key in source or value != defaults.get(key, object()):
+        if not source or source.get(key) is not None or value != defaults.get(key, object()):
             out[key] = value
     return out

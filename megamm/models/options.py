@@ -84,11 +84,25 @@ class LlmOptions:
     norm: Literal["RMSNorm", "LayerNorm"]
     norm_eps: float
     rope_theta: float
+    rotary_factor: float = 1.0
+    """Share of a head's channels that carry its position, the first ones; rounded down."""
+    window: int | None = None
+    """Positions that a query looks back over, its own counted; None: all."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    is_gated: bool = True
+    """Whether the MLP multiplies its activation with a second linear of the input."""
     has_qkv_bias: bool = False
+    has_bias: bool = False
+    """Whether every linear of a layer has a bias; then `has_qkv_bias`, too."""
+    has_head_bias: bool = False
     has_tied_embeddings: bool = False
     """Whether the head uses the embedding's weights."""
     hyper: HyperOptions | None = None
     """None: visual tokens are placed in the sequence, and no layer reads them beside it."""
+    has_parallel_residual: bool = False
+    """Whether attention and MLP read the same norm of the layer's input, and both are added to it."""
+    model_type: str = "llama"
+    """`model_type` of a plain decoder of this architecture: which file of models/llm/ it is."""
 
     @property
     def padded_vocab_size(self) -> int:

@@ -17,6 +17,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megamm import backend
 from megamm.models.layers.hyper_attention import HyperAttention, HyperAttentionSubmodules, HyperLayer
 from megamm.models.options import HyperOptions, LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
+from megamm.models.layers.parallel_residual import ParallelResidualLayer
 from megamm.parallel.placement import Layout
 
 
@@ -41,7 +42,7 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh, "gelu": F.gelu}
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh, "gelu": F.gelu, "silu": F.silu}
 
 
 def _common(build: Build) -> dict[str, Any]:
@@ -88,8 +89,11 @@ def _pipeline(layout: Layout, part: str) -> dict[str, Any]:
 
 def llm_config(options: LlmOptions, build: Build) -> TransformerConfig:
     """The decoder's config; its pipeline fields are those of the whole model."""
+    common = _common(build)
+    # megatron-core fuses the activation of a gated MLP; the tanh GELU it refuses.
+    common["bias_activation_fusion"] = common["bias_activation_fusion"] and options.is_gated
     return TransformerConfig(
-        **_common(build),
+        **common,
         **_pipeline(build.layout, "llm"),
         **_fp8(build),
         num_layers=options.num_layers,
@@ -100,10 +104,12 @@ def llm_config(options: LlmOptions, build: Build) -> TransformerConfig:
         kv_channels=options.head_dim,
         normalization=options.norm,
         layernorm_epsilon=options.norm_eps,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
+        activation_func=_ACTIVATIONS[options.activation],
+        gated_linear_unit=options.is_gated,
+        add_bias_linear=options.has_bias,
         add_qkv_bias=options.has_qkv_bias,
+        # (to the left, to the right), the query's own position not counted.
+        window_size=None if options.window is None else (options.window - 1, 0),
         sequence_parallel=build.sequence_parallel,
     )
 
@@ -159,16 +165,17 @@ class PartConfigs:
         )
 
 
-def layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
+def layer_spec(attn_mask_type: AttnMaskType, parallel_residual: bool = False) -> ModuleSpec:
     """One pre-norm transformer layer on the backend's modules; causal for a decoder, no_mask for a tower.
 
     Local layers keep their norm in a module of its own; the map gives it the name that Transformer Engine's fused
-    layers write, so that one checkpoint serves both backends.
+    layers write, so that one checkpoint serves both backends. With `parallel_residual` attention and MLP share the
+    input norm, which then is a module of its own everywhere and keeps its name.
     """
     layers = backend.current().layers
-    fused = layers.norm_column_linear
+    fused = None if parallel_residual else layers.norm_column_linear
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ParallelResidualLayer if parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else layers.norm,
             self_attention=ModuleSpec(
@@ -181,14 +188,14 @@ def layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp if fused else layers.norm,
+            pre_mlp_layernorm=IdentityOp if fused or parallel_residual else layers.norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(linear_fc1=fused or layers.column_linear, linear_fc2=layers.row_linear),
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={}
-            if fused
+            if fused or parallel_residual
             else {
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -199,7 +206,7 @@ def layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
 
 def decoder_layer_spec(options: LlmOptions, layer: int) -> ModuleSpec:
     """Layer number `layer` of a decoder, counted from 0 over all stages."""
-    spec = layer_spec(AttnMaskType.causal)
+    spec = layer_spec(AttnMaskType.causal, options.has_parallel_residual)
     if options.hyper is None or layer not in options.hyper.layers:
         return spec
     return hyper_layer_spec(spec, options.hyper)

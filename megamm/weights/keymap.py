@@ -238,8 +238,8 @@ def _check(row: Row | Keep, dims: Dims) -> None:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab_padded rows, not shape {row.shape}")
     if row.tp == "vocab" and not 0 < dims.vocab <= dims.vocab_padded:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab and a dims.vocab_padded that holds it")
-    if row.pack == "qkv" and (dims.groups < 1 or dims.heads % dims.groups):
-        raise ValueError(f"{row.name}: pack 'qkv' needs dims.heads to be a multiple of dims.groups")
+    if row.pack in ("qkv", "qkv_fused") and (dims.groups < 1 or dims.heads % dims.groups):
+        raise ValueError(f"{row.name}: pack {row.pack!r} needs dims.heads to be a multiple of dims.groups")
 
 
 def _expand(row: Row, dims: Dims) -> Iterator[Entry]:

@@ -29,12 +29,18 @@ class Decoder(GPTModel):
             post_process=stage.has("llm.head"),
             share_embeddings_and_output_weights=options.has_tied_embeddings,
             position_embedding_type="rope",
+            rotary_percent=options.rotary_factor,
             rotary_base=options.rope_theta,
             scatter_embedding_sequence_parallel=False,
             vp_stage=stage.vp_stage,
         )
+        rows = options.padded_vocab_size // config.tensor_model_parallel_size
+        if self.post_process and options.has_head_bias:
+            # megatron-core builds its head without one, but adds, stores and reduces it where it is there.
+            self.output_layer.bias = torch.nn.Parameter(
+                torch.empty(rows, device=backend.current().device, dtype=config.params_dtype)
+            )
         if self.post_process and options.padded_vocab_size > options.vocab_size:
-            rows = options.padded_vocab_size // config.tensor_model_parallel_size
             first = rows * parallel_state.get_tensor_model_parallel_rank()
             self._num_real_columns = max(0, min(rows, options.vocab_size - first))
             self.output_layer.register_forward_hook(self._silence_padding)
