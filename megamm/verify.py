@@ -150,6 +150,12 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
         )
 
     samples = [sample(b, ids_BT[b][mask_BT[b] == 1], labels_BT[b][mask_BT[b] == 1]) for b in range(len(ids_BT))]
+    # Nobody takes the tokens of a blank image, and ours are other blanks than the authors'.
+    for name in ("vision_features", "visual_tokens"):
+        if len(arrays.get(name, ())) == len(is_dummy):
+            arrays[name] = arrays[name][~is_dummy]
+            if is_dummy.all():
+                del arrays[name]
     prompt = None
     if "greedy_prompt" in arrays:
         ids = arrays["greedy_prompt"][0]
@@ -176,7 +182,8 @@ def _expanded(ids: np.ndarray, labels: np.ndarray, options: VlmOptions) -> tuple
     per_image = options.tokens_per_image
     if (ids == IMAGE).any() or options.image_token_id is None:
         spans = np.array([(i, i + 1) for i in np.flatnonzero(labels != IGNORE)]).reshape(-1, 2)
-        ids, labels, starts = expand(ids, spans, per_image, max_tokens=options.llm.max_positions)
+        max_tokens = options.max_tokens or options.llm.max_positions
+        ids, labels, starts = expand(ids, spans, per_image, max_tokens)
         return ids, labels, len(starts)
     is_image = ids == options.image_token_id
     return np.where(is_image, IMAGE, ids), np.where(is_image, IGNORE, labels), int(is_image.sum()) // per_image

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from math import inf
 from operator import attrgetter
 
+from megamm.config.frozen import LEGAL, is_legal
 from megamm.config.schema import PARTS, Config
 
 _Limit = tuple[Callable[[float], bool], str]
@@ -70,9 +71,9 @@ def find_problems(config: Config, world_size: int) -> list[str]:
         )
     if not illegal & {"optim.lr", "optim.min_lr"} and optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr={optim.min_lr} must not be above optim.lr={optim.lr}")
-    unknown = [part for part in train.freeze if part not in PARTS]
+    unknown = [item for item in train.freeze if not is_legal(item)]
     if unknown:
-        problems.append(f"train.freeze={', '.join(unknown)} must be any of {', '.join(PARTS)}")
+        problems.append(f"train.freeze={', '.join(unknown)} must be any of {LEGAL}")
     if set(PARTS) <= set(train.freeze):
         problems.append(f"train.freeze={', '.join(train.freeze)} leaves nothing to train; leave out one of them")
     if train.eval_every_steps > 0 and config.data.eval_path is None:

@@ -58,11 +58,9 @@ def units(
         )
         for i in range(v.num_layers)
     ]
-    if p.kind == "linear":
-        out.append(unit("projector", p.in_size * p.out_size, visual_tokens, p.in_size, rest=p.out_size))
-    else:
-        weights = p.in_size * p.out_size + p.out_size**2
-        out.append(unit("projector", weights, visual_tokens, p.in_size + 2 * p.out_size, rest=2 * p.out_size))
+    weights = p.in_size * p.out_size + (p.num_linears - 1) * p.out_size**2
+    kept = p.in_size + 2 * (p.num_linears - 1) * p.out_size
+    out.append(unit("projector", weights, visual_tokens, kept, rest=p.num_linears * p.out_size))
     vocabulary = t.padded_vocab_size * t.hidden_size
     out.append(Unit("llm.embed", 0.0, vocabulary, int(t.hidden_size * num_tokens * bytes_per_value)))
     attention_weights = t.hidden_size * (2 * q_size + 2 * kv_size)

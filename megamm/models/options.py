@@ -21,10 +21,12 @@ class VisionOptions:
     activation: Literal["quick_gelu", "gelu_tanh", "gelu"]
     norm_eps: float
     has_class_token: bool
-    keep_class_token: bool
-    """Whether the projector sees the class token, too."""
+    keep_first_token: bool
+    """Whether the projector sees the first token, too: the class token, or where there is none the first patch."""
     has_pre_norm: bool
     has_patch_bias: bool
+    model_type: str = ""
+    """`MODEL_TYPE` of the file of models/vision/ that reads and writes it; `Parts` says it."""
 
     @property
     def num_patches(self) -> int:
@@ -39,16 +41,30 @@ class VisionOptions:
     @property
     def num_features(self) -> int:
         """Image features per picture that enter the projector."""
-        return self.num_patches + (self.has_class_token and self.keep_class_token)
+        return self.num_positions - (not self.keep_first_token)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProjectorOptions:
     """What turns image features into visual tokens."""
 
-    kind: Literal["linear", "mlp2x_gelu"]
+    kind: str
+    """`linear`; `mlpNx_gelu`, N linears with an exact GELU between; `resampler` or `perceiver`, learned queries that
+    attend to the features (models/projector/resampler.py)."""
     in_size: int
     out_size: int
+    num_queries: int = 0
+    """Learned queries, each of which becomes a visual token; 0: every feature becomes one."""
+    num_layers: int = 0
+    hidden_size: int = 0
+    """Width of the queries between the layers."""
+    num_heads: int = 0
+    head_dim: int = 0
+
+    @property
+    def num_linears(self) -> int:
+        """Linears of a `linear` or `mlpNx_gelu`."""
+        return 1 if self.kind == "linear" else int(self.kind.removeprefix("mlp").removesuffix("x_gelu"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +117,8 @@ class LlmOptions:
     """None: visual tokens are placed in the sequence, and no layer reads them beside it."""
     has_parallel_residual: bool = False
     """Whether attention and MLP read the same norm of the layer's input, and both are added to it."""
-    model_type: str = "llama"
-    """`model_type` of a plain decoder of this architecture: which file of models/llm/ it is."""
+    model_type: str = ""
+    """`MODEL_TYPE` of the file of models/llm/ that reads and writes it; `Parts` says it."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -132,6 +148,9 @@ class VlmOptions:
     """Id that stands for a visual token in the released tokenizer; None where it has none."""
     tokens_per_image: int
     """Visual tokens that one picture becomes."""
+    max_tokens: int | None = None
+    """Tokens at which the authors' code cuts a sequence, visual ones counted, where config.json says it: may be more
+    than the positions that the llm was made for. None: at these."""
     hf: dict[str, Any] = field(default_factory=dict, repr=False)
     """The config.json that these options were read from, word for word."""
     tower_hf: dict[str, Any] | None = field(default=None, repr=False)

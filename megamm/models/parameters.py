@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 from torch.nn import Parameter
 
+from megamm.config.frozen import is_frozen
 from megamm.errors import CheckpointError
 from megamm.models.vlm import VLM
 from megamm.parallel.groups import gather_over_tp
@@ -75,14 +76,26 @@ def join(entry: Entry, local: Tensor) -> Tensor:
     return entry.join(gather_over_tp(local))
 
 
-def freeze(chunks: Iterable[VLM], parts: Collection[str]) -> None:
-    """Stop training the parameters of these parts (vision, projector, llm).
+def unit_of(name: str) -> str:
+    """The unit of the flat list to which the parameter of a canonical name belongs."""
+    part, *rest = name.split(".")
+    if part == "projector":
+        return part
+    if "layers" in rest:
+        return f"{part}.layer.{rest[rest.index('layers') + 1]}"
+    return "llm.head" if part == "llm" and rest[0] != "embedding" else f"{part}.embed"
+
+
+def freeze(chunks: Iterable[VLM], frozen: Collection[str]) -> None:
+    """Stop training what `frozen` names, as `train.freeze` says it.
 
     Where nothing in front of a stage is trained any more, the stage will neither compute nor send a gradient for it.
     """
     chunks = list(chunks)
     for name, parameter in canonical_parameters(chunks):
-        if name.split(".")[0] in parts:
+        if is_frozen(unit_of(name), frozen):
             parameter.requires_grad_(False)
     for chunk in chunks:
-        chunk.sends_gradient = any(unit.parameters and unit.part not in parts for unit in chunk.stage.earlier)
+        chunk.sends_gradient = any(
+            unit.parameters and not is_frozen(unit.name, frozen) for unit in chunk.stage.earlier
+        )

@@ -16,8 +16,8 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from megamm import backend
 from megamm.models.layers.hyper_attention import HyperAttention, HyperAttentionSubmodules, HyperLayer
-from megamm.models.options import HyperOptions, LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
 from megamm.models.layers.parallel_residual import ParallelResidualLayer
+from megamm.models.options import HyperOptions, LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
 from megamm.parallel.placement import Layout
 
 

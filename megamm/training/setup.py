@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megamm.config.check import find_problems
+from megamm.config.frozen import num_frozen_layers
 from megamm.config.schema import Checkpoint, Config, Data
 from megamm.data.image import ImageFormat
 from megamm.data.indexed import Reader
@@ -110,11 +111,13 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
         problems += of_sizes
         if not of_config and not of_sizes:
             problems += _interleaving_problems(config, choose_layout(config.parallel, names_only), world_size)
-    if config.data.max_tokens > options.llm.max_positions:
+    if config.data.max_tokens > (longest := max(options.llm.max_positions, options.max_tokens or 0)):
         problems.append(
-            f"data.max_tokens={config.data.max_tokens}: the llm was made for {options.llm.max_positions} positions; "
-            "give at most that"
+            f"data.max_tokens={config.data.max_tokens}: the model was made for {longest} positions; give at most that"
         )
+    for part, layers in (("vision", options.vision.num_layers), ("llm", options.llm.num_layers)):
+        if (first := num_frozen_layers(part, config.train.freeze)) > layers:
+            problems.append(f"train.freeze={part}[:{first}]: the {part} has {layers} layers; give at most {layers}")
     for name, reader in readers.items():
         problems += _data_problems(name, reader, model)
     if resumed is not None and config.checkpoint.resume:

@@ -76,5 +76,5 @@ class VisionTower(MegatronModule):
 
 
 def select_features(x_PIH: Tensor, options: VisionOptions) -> Tensor:
-    """Drop what the projector does not see: the class token, unless it is kept."""
-    return x_PIH[1:] if options.has_class_token and not options.keep_class_token else x_PIH
+    """Drop what the projector does not see: the first token, unless it is kept."""
+    return x_PIH if options.keep_first_token else x_PIH[1:]
