@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -70,6 +70,7 @@ class Request:
     dp: int = 1
     layout: str = "auto"
     sequence_parallel: bool = False
+    recompute: Literal["none", "full"] = "none"
 
     @property
     def parallel(self) -> Parallel:
@@ -152,7 +153,7 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
     samples = [sample(b, ids_BT[b][mask_BT[b] == 1], labels_BT[b][mask_BT[b] == 1]) for b in range(len(ids_BT))]
     # Nobody takes the tokens of a blank image, and ours are other blanks than the authors'.
     for name in ("vision_features", "visual_tokens"):
-        if len(arrays.get(name, ())) == len(is_dummy):
+        if name in arrays and len(arrays[name]) == len(is_dummy):
             arrays[name] = arrays[name][~is_dummy]
             if is_dummy.all():
                 del arrays[name]
@@ -230,7 +231,10 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
     options = checkpoint.options
     flat = units(options, num_tokens=1024, num_images=1, seq_length=1024)
     build = Build(
-        tp=request.tp, sequence_parallel=request.sequence_parallel, layout=parse_layout(layout, flat, request.pp)
+        tp=request.tp,
+        sequence_parallel=request.sequence_parallel,
+        layout=parse_layout(layout, flat, request.pp),
+        recompute=request.recompute,
     )
     groups.start_distributed()
     ranks = groups.start(request.parallel, build.layout)

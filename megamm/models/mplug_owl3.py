@@ -105,8 +105,8 @@ def _check_same(ours: VisionOptions, towers: VisionOptions) -> None:
     """378 and 384 pixels are the same 27 x 27 patches of 14: the tower of one serves the other."""
     if ours.num_patches != towers.num_patches or replace(towers, image_size=ours.image_size) != ours:
         raise CheckpointError(
-            "config.json: vision_config describes another tower than the --tower's config.json; give the tower that the "
-            "model was made with"
+            "config.json: vision_config describes another tower than the --tower's config.json; give the tower "
+            "that the model was made with"
         )
 
 
