@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,23 +53,27 @@ def tokenise(
 
 
 def expand(
-    ids: np.ndarray, spans: np.ndarray, tokens_per_image: int, max_tokens: int
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Ids and labels, int64 [S], with every IMAGE repeated `tokens_per_image` times and cut to `max_tokens` after that,
-    and the number of images whose tokens begin inside. The cut may fall inside an image, as theirs."""
+    ids: np.ndarray,
+    spans: np.ndarray,
+    tokens_per_image: int,
+    max_tokens: int,
+    placeholder: Sequence[int] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids and labels, int64 [S], with what stands for a picture in place of every IMAGE, and where each picture begins
+    that begins inside, int64 [I]: `tokens_per_image` times IMAGE, or, where a model's visual tokens are no part of its
+    sequence, the ordinary ids of a `placeholder`. Cut to `max_tokens` after that; the cut may fall inside a picture, as
+    theirs."""
     is_target = np.zeros(len(ids), dtype=bool)
     for start, end in spans:
         is_target[start:end] = True
     is_image = ids == IMAGE
-    repeats = np.where(is_image, tokens_per_image, 1)
+    picture = np.full(tokens_per_image, IMAGE) if placeholder is None else np.asarray(placeholder, dtype=np.int64)
+    repeats = np.where(is_image, len(picture), 1)
     labels = np.where(is_target & ~is_image, ids, IGNORE).astype(np.int64)
-    begins = np.cumsum(repeats) - repeats
-    num_images = int(np.count_nonzero(is_image & (begins < max_tokens)))
-    return (
-        np.repeat(ids.astype(np.int64), repeats)[:max_tokens],
-        np.repeat(labels, repeats)[:max_tokens],
-        num_images,
-    )
+    starts = (np.cumsum(repeats) - repeats)[is_image]
+    expanded = np.repeat(ids.astype(np.int64), repeats)
+    expanded[(starts[:, None] + np.arange(len(picture))).ravel()] = np.tile(picture, len(starts))
+    return expanded[:max_tokens], np.repeat(labels, repeats)[:max_tokens], starts[starts < max_tokens]
 
 
 def _one_marker_in_front(text: str, marker: str) -> str:

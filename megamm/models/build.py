@@ -88,6 +88,19 @@ def units(
         )
         for i in range(t.num_layers)
     ]
+    if t.hyper is not None:
+        # Every token sees all pictures of its own sequence, which mostly come first.
+        image_kv, seen_pairs = 2 * kv_size * t.hidden_size, visual_tokens * seq_length
+        gate = t.head_dim * (t.head_dim + 1) if t.hyper.kind == "gated" else 0
+        for i, plain in enumerate(out):
+            if options.reads_features(plain.name):
+                out[i] = replace(
+                    plain,
+                    flops=plain.flops + 2.0 * image_kv * visual_tokens + 4.0 * seen_pairs * q_size,
+                    parameters=plain.parameters + image_kv + 2 * kv_size + gate,
+                    activation_bytes=plain.activation_bytes
+                    + int((t.hidden_size + 2 * kv_size) * visual_tokens * bytes_per_value),
+                )
     # The logits are kept in float32, and once more as softmax.
     head_kept = t.hidden_size + 8 / bytes_per_value * t.padded_vocab_size
     head_norm = t.hidden_size * (1 + (t.norm == "LayerNorm"))

@@ -167,6 +167,8 @@ class VLM(MegatronModule):
         side: dict[str, Tensor] = {}
         if self.options.llm.is_modality_adaptive:
             side["context_mask"] = is_visual(batch)
+        if self.options.llm.hyper is not None and features_R1H is not None:
+            side |= {"context": features_R1H, "context_mask": batch.starts_BM}
         run = partial(
             self.llm,
             input_ids=None,

@@ -294,9 +294,9 @@ def match(
     """The one dialect of `tables` in which these Hugging Face names are written.
 
     A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. The names of `parts`,
-    each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` may be lacking, but
-    of each of these only all together. CheckpointError: none or several match; the message lists what is left over and
-    what is missing in the nearest dialect.
+    each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` (`{i}`: any number)
+    may be lacking, but of each of these only all together. CheckpointError: none or several match; the message lists
+    what is left over and what is missing in the nearest dialect.
     """
     release = set(names)
     faults: dict[str, tuple[list[str], list[str]]] = {}
@@ -306,7 +306,8 @@ def match(
             found |= fill(found, part, table).keys()
         needed = set(table.hf_names)
         for prefix in new:
-            optional = {key for entry in table.entries() if entry.name.startswith(prefix) for key in entry.hf}
+            is_new = re.compile(r"\d+".join(map(re.escape, prefix.split("{i}"))))
+            optional = {key for entry in table.entries() if is_new.match(entry.name) for key in entry.hf}
             needed -= optional if not optional & found else set()
         unknown = found - table.hf_names
         faults[dialect] = (sorted(unknown - table.kept(unknown).keys()), sorted(needed - found))
