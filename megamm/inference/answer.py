@@ -73,12 +73,13 @@ class Answerer:
         ids, spans = tokenise(turns, len(question.images), self._template, self._tokenizer, self._family.marker)
         no_spans = np.empty((0, 2), dtype=np.int32)
         max_tokens = self._options.llm.max_positions
-        ids, labels, num_images = expand(ids[: spans[0, 0]], no_spans, self._options.tokens_per_image, max_tokens)
+        ids, labels, starts = expand(ids[: spans[0, 0]], no_spans, self._options.tokens_per_image, max_tokens)
         pixels = [to_pixels(decode(image), self._format) for image in question.images]
         size = self._format.size
         return Sample(
             ids_S=torch.from_numpy(ids),
             labels_S=torch.from_numpy(labels),
             pixels_I3HW=torch.stack(pixels) if pixels else torch.empty(0, 3, size, size),
-            num_images=num_images,
+            num_images=len(starts),
+            starts_I=torch.from_numpy(starts),
         )

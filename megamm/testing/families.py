@@ -63,6 +63,8 @@ class TinyModel:
     """The tower's own config.json, where the layout keeps it apart."""
     tower_prefix: str = ""
     """In front of the tower's names, which are those of transformers; "": the table alone says what the tower has."""
+    dialect: str | None = None
+    """The spelling of `config`; None: the family's export dialect."""
     tokenizer: Literal["sentencepiece", "bytes"] = "sentencepiece"
     template: str
     """Conversation format that fits the tokenizer."""
@@ -71,7 +73,11 @@ class TinyModel:
 _ORIGINAL = "model.vision_tower.vision_tower."
 TINY: dict[str, TinyModel] = {
     "tinyllava": TinyModel(
-        config=_LLAMA | _LLAVA_LINE | {"model_type": "tiny_llava"}, tower=_SIGLIP, template="v1", tower_prefix=_ORIGINAL
+        config=_LLAMA | _LLAVA_LINE | {"model_type": "tiny_llava"},
+        tower=_SIGLIP,
+        dialect="original",
+        template="v1",
+        tower_prefix=_ORIGINAL,
     ),
     "imp": TinyModel(
         config=_QWEN2 | _LLAVA_LINE | {"model_type": "imp_qwen2", "vision_tower_config": _SIGLIP},
@@ -101,7 +107,7 @@ TINY: dict[str, TinyModel] = {
                 },
             },
         },
-        template="mplug_owl2",
+        template="v1",
     ),
     "mplug_owl3": TinyModel(
         config=_QWEN2 | {"model_type": "mplugowl3", "hyper_layers": [1, 2], "vision_config": _SIGLIP},
@@ -119,7 +125,7 @@ def tiny(directory: str | Path, name: str, *, texts: Iterable[str], seed: int = 
     """
     model, found = TINY[name], family(name)
     options = found.read(model.config, model.tower)
-    table = found.keys[found.export_dialect](options)
+    table = found.keys[model.dialect or found.export_dialect](options)
     shapes = {key: shape for entry in table.entries() for key, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
     if model.tower_prefix:  # with what the release stores and no forward uses
         shapes = {model.tower_prefix + key: shape for key, shape in _tower_shapes(model.tower or {}).items()} | shapes
