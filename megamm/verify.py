@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -71,6 +71,7 @@ class Request:
     dp: int = 1
     layout: str = "auto"
     sequence_parallel: bool = False
+    recompute: Literal["none", "full"] = "none"
 
     @property
     def parallel(self) -> Parallel:
@@ -215,7 +216,10 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
     options = checkpoint.options
     flat = units(options, num_tokens=1024, num_images=1, seq_length=1024)
     build = Build(
-        tp=request.tp, sequence_parallel=request.sequence_parallel, layout=parse_layout(layout, flat, request.pp)
+        tp=request.tp,
+        sequence_parallel=request.sequence_parallel,
+        layout=parse_layout(layout, flat, request.pp),
+        recompute=request.recompute,
     )
     groups.start_distributed()
     ranks = groups.start(request.parallel, build.layout)

@@ -1,7 +1,7 @@
 """mPLUG-Owl2: a ViT of its own, visual abstractor, Llama whose layers treat visual tokens in a way of their own.
 
-Published in the spelling of the authors' code only. Its Qwen flavour, Owl2.1 (model_type mplug_owl2_1), is another model.
-Source: arXiv 2311.04257 and the authors' mplug_owl2/model.
+Published in the spelling of the authors' code only. Its Qwen flavour, Owl2.1 (model_type mplug_owl2_1), is another
+model. Source: arXiv 2311.04257 and the authors' mplug_owl2/model.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from megamm.models.family import Family, overlay
 from megamm.models.llm import llama
 from megamm.models.native import CARRIED
 from megamm.models.options import LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
-from megamm.models.parts import llm_config, vision_config
+from megamm.models.parts import Parts, vision_config
 from megamm.models.projector import abstractor
 from megamm.models.vision import clip, owl_vit
 from megamm.weights.keymap import Dims, Keep, KeyMap, Row
@@ -48,7 +48,7 @@ def read(config: dict[str, Any], tower_config: dict[str, Any] | None = None) -> 
             f"config.json: mPLUG-Owl2 has as many key/value heads as heads, together as wide as the model, not "
             f"{llm.num_groups} of {llm.num_heads}, {llm.head_dim} wide, in {llm.hidden_size}"
         )
-    if tower_config is not None and (size := vision_config(tower_config, clip).get("image_size")) != vision.image_size:
+    if tower_config is not None and (size := vision_config(tower_config).get("image_size")) != vision.image_size:
         raise CheckpointError(
             f"the tower is made for pictures of {size} pixels, the model of config.json for {vision.image_size}; its "
             "position embedding is not resized. Give a tower of that size"
@@ -122,10 +122,10 @@ def write(options: VlmOptions, dialect: str) -> tuple[dict[str, Any], None]:
 def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any]) -> dict[str, Any]:
     """config.json of a model made of a plain Llama and a plain CLIP tower, its abstractor in the published proportions.
     Pictures have the size that the tower was made for."""
-    text = llm_config(llm_hf, llama, "the llm's config.json")
-    tower = clip.from_hf(vision_config(tower_hf, clip), -1, keep_first_token=True)
+    parts = Parts(llms=(llama,), visions=(clip,))
+    llm = parts.llm_options(llm_hf, "the llm's config.json")
+    tower = parts.vision_options(tower_hf, -1, keep_first_token=True)
     vision = replace(tower, norm_eps=owl_vit.DEFAULTS["layer_norm_eps"], has_post_norm=True)
-    llm = llama.from_hf(text)
     visual = {
         "hidden_size": vision.hidden_size,
         "encoder_hidden_size": vision.hidden_size,
@@ -142,7 +142,7 @@ def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any]) -> dict[str, Any]:
         image_token_id=None,
         tokens_per_image=ABSTRACTOR_DEFAULTS["num_learnable_queries"] + 1,
     )
-    return write(options, "original")[0] | {key: text[key] for key in CARRIED if key in text}
+    return write(options, "original")[0] | {key: llm_hf[key] for key in CARRIED if key in llm_hf}
 
 
 def keys(options: VlmOptions) -> KeyMap:
@@ -150,12 +150,12 @@ def keys(options: VlmOptions) -> KeyMap:
     return (
         owl_vit.keys(options.vision).renamed(ours="vision.", hf={"": "model.vision_model."})
         + abstractor.keys(options.projector).renamed(ours="projector.", hf={"": "model.visual_abstractor."})
-        + _llm_keys(options.llm, ".multiway.{way}").renamed(ours="llm.")
+        + _llm_keys(options.llm, ".multiway.0").renamed(ours="llm.")
     )
 
 
 def start_keys(options: VlmOptions) -> KeyMap:
-    """The table of a plain CLIP tower and a plain Llama, whose norms, keys and values go into both ways."""
+    """The table of a plain CLIP tower and a plain Llama, whose norms, keys and values are those of the text way."""
     return (
         owl_vit.start_keys(options.vision).renamed(ours="vision.", hf={"": "vision_tower.vision_model."})
         + abstractor.keys(options.projector).renamed(ours="projector.", hf={"": "model.visual_abstractor."})
@@ -163,9 +163,15 @@ def start_keys(options: VlmOptions) -> KeyMap:
     )
 
 
-def _llm_keys(options: LlmOptions, way_name: str) -> KeyMap:
-    """`way_name`: what stands behind the name of a module that there are two of, {way} being 0 or 1. Where nothing does,
-    both have the same name."""
+def duplicated(options: VlmOptions) -> dict[str, str]:
+    """At a start the visual way begins as a copy of the text way. Canonical names, the visual way's first."""
+    names = ("input_layernorm.{}.weight", "self_attention.linear_kv.{}.weight", "pre_mlp_layernorm.{}.weight")
+    layers = (f"llm.decoder.layers.{i}." for i in range(options.llm.num_layers))
+    return {layer + name.format(1): layer + name.format(0) for layer in layers for name in names}
+
+
+def _llm_keys(options: LlmOptions, text: str) -> KeyMap:
+    """`text`: what stands behind the name of a module that there are two of, in the one that text goes through."""
     vocab, h, f = options.padded_vocab_size, options.hidden_size, options.ffn_size
     layer, ours = "model.layers.{i}.", "decoder.layers.{i}."
     attention, our_attention = f"{layer}self_attn.", f"{ours}self_attention."
@@ -184,25 +190,17 @@ def _llm_keys(options: LlmOptions, way_name: str) -> KeyMap:
         Row("decoder.final_layernorm.weight", ("model.norm.weight",), (h,)),
         Keep(f"{attention}rotary_emb.inv_freq"),
     ]
-    for way in range(2):
-        end = way_name.replace("{way}", str(way)) + ".weight"
-        same = not way_name and way > 0
+    for way, end in enumerate((f"{text}.weight", ".multiway.1.weight")):
         rows += [
-            Row(f"{ours}input_layernorm.{way}.weight", (f"{layer}input_layernorm{end}",), (h,), is_duplicate=same),
+            Row(f"{ours}input_layernorm.{way}.weight", (f"{layer}input_layernorm{end}",), (h,)),
             Row(
                 f"{our_attention}linear_kv.{way}.weight",
                 (f"{attention}k_proj{end}", f"{attention}v_proj{end}"),
                 (2 * h, h),
                 pack="kv",
                 tp="col",
-                is_duplicate=same,
             ),
-            Row(
-                f"{ours}pre_mlp_layernorm.{way}.weight",
-                (f"{layer}post_attention_layernorm{end}",),
-                (h,),
-                is_duplicate=same,
-            ),
+            Row(f"{ours}pre_mlp_layernorm.{way}.weight", (f"{layer}post_attention_layernorm{end}",), (h,)),
         ]
     if not options.has_tied_embeddings:
         rows.append(Row("output_layer.weight", ("lm_head.weight",), (vocab, h), tp="vocab"))
@@ -225,6 +223,7 @@ FAMILY = Family(
     compose=compose,
     keys={"original": keys},
     start_keys=start_keys,
+    duplicated=duplicated,
     export_dialect="original",
     template="v1",
     marker="<|image|>",

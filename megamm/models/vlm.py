@@ -17,8 +17,8 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megamm.batch import IMAGE, Batch
-from megamm.models.layers.recompute import keep_gradient_path
 from megamm.models.layers.modality_adaptive import is_visual
+from megamm.models.layers.recompute import keep_gradient_path
 from megamm.models.llm.decoder import Decoder
 from megamm.models.options import VlmOptions
 from megamm.models.projector.abstractor_layers import Abstractor

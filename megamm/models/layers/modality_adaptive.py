@@ -1,9 +1,10 @@
-"""mPLUG-Owl2's modality-adaptive decoder layer: norms, keys and values twice, once for text and once for visual tokens.
+"""mPLUG-Owl2's modality-adaptive decoder layer: norms, keys and values twice, for text and for visual tokens.
 
-Queries, output projection and MLP are shared, and all tokens attend to each other. Both ways are computed for all tokens
-and one is selected: shapes then depend on no data, and each way of each layer always gets a gradient, zero where no token
-took it. That costs 2 H^2 more multiply-adds per token and layer, about a sixth of the layer's linears. Under sequence
-parallelism each of the three linears in front of the attention gathers the sequence. Source: arXiv 2311.04257, section 3.2.
+Queries, output projection and MLP are shared, and all tokens attend to each other. Both ways are computed for all
+tokens and one is selected: shapes then depend on no data, and each way of each layer always gets a gradient, zero where
+no token took it. That costs 2 H^2 more multiply-adds per token and layer, a sixth of a Llama layer's linears. Under
+sequence parallelism each of the three linears in front of the attention gathers the sequence.
+Source: arXiv 2311.04257, section 3.2.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""mPLUG-Owl2's visual abstractor: its table of key names. The modules stand in abstractor_layers.py beside this file."""
+"""mPLUG-Owl2's visual abstractor: its table. The modules stand in abstractor_layers.py beside this file."""
 
 from megamm.models.options import ProjectorOptions
 from megamm.weights.keymap import Dims, Keep, KeyMap, Row

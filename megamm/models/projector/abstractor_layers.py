@@ -1,7 +1,7 @@
 """mPLUG-Owl2's visual abstractor: learned queries attend to themselves and the image features, layer after layer.
 
-Each layer's residual starts from the normalised queries; fixed sine positions are added to what queries and keys are made
-of, never to values; the MLP has a norm inside. A learned vector ends the visual tokens of every picture.
+Each layer's residual starts from the normalised queries; fixed sine positions are added to what queries and keys are
+made of, never to values; the MLP has a norm inside. A learned vector ends the visual tokens of every picture.
 Source: arXiv 2311.04257, section 3.1, and the authors' mplug_owl2/model/visual_encoder.py.
 """
 

@@ -47,9 +47,7 @@ def keys(options: VisionOptions) -> KeyMap:
         rows += [
             Row(f"pre_norm.{x}", (f"embeddings.pre_layernorm.{x}",), (h,)),
             Row(f"{attention}linear_qkv.layer_norm_{x}", (f"{layer}input_layernorm.{x}",), (h,)),
-            Row(
-                f"{attention}linear_qkv.{x}", (f"{layer}self_attn.query_key_value.{x}",), (3 * h, h)[:ndim], tp="col"
-            ),
+            Row(f"{attention}linear_qkv.{x}", (f"{layer}self_attn.query_key_value.{x}",), (3 * h, h)[:ndim], tp="col"),
             Row(f"{attention}linear_proj.{x}", (f"{layer}self_attn.dense.{x}",), (h, h)[:ndim], tp=row_cut),
             Row(f"{mlp}linear_fc1.layer_norm_{x}", (f"{layer}post_attention_layernorm.{x}",), (h,)),
             Row(f"{mlp}linear_fc1.{x}", (f"{layer}mlp.fc1.{x}",), (f, h)[:ndim], tp="col"),
