@@ -121,8 +121,8 @@ class Train:
     steps: int | None = None
     """Optimizer steps; None: what `epochs` amounts to."""
     freeze: tuple[str, ...] = ()
-    """What is not trained: any of vision, projector, llm, words; or the beginning of one, such as `vision[:12]`, the tower's
-    embedding and its layers 0 to 11."""
+    """What is not trained: any of vision, projector, llm, words; or the beginning of one, such as `vision[:12]`, the
+    tower's embedding and its layers 0 to 11."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Arithmetic of the layers. fp8 needs a GPU with Transformer Engine and is an error elsewhere."""
     recompute: Literal["none", "full"] = "none"

@@ -25,6 +25,9 @@ class Family:
     """Dialect -> table of its key names, without rows where it cannot spell the model; the export dialect first."""
     export_dialect: str
     """Dialect to export in when the checkpoint was not imported from one."""
+    start_keys: Callable[[VlmOptions], KeyMap] | None = None
+    """Table in the names of a plain llm and a plain tower, for a start of both, where these differ from the export
+    dialect's by more than a prefix."""
     drawn: tuple[str, ...] = ("projector.",)
     """Beginnings of the canonical names that neither a plain llm nor a plain tower has: a start draws them."""
     duplicated: Callable[[VlmOptions], dict[str, str]] = field(default=lambda _: {})

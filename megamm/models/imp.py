@@ -30,6 +30,8 @@ _LINE = llava_line.family(
     ),
 )
 _TOWER = "vision_tower_config"
+MAX_TOKENS = 3072
+"""Where the authors' scripts cut a sequence, beyond the 2048 positions of Phi-2."""
 
 
 def read(config: dict[str, Any], tower_config: dict[str, Any] | None = None) -> VlmOptions:
@@ -40,7 +42,13 @@ def read(config: dict[str, Any], tower_config: dict[str, Any] | None = None) -> 
             tower_config, options.vision.num_layers, keep_first_token=options.vision.keep_first_token
         )
         check_same_tower(options.vision, tower)
-    return replace(options, hf=config)
+    return replace(options, image_token_id=options.image_token_id or _image_token_id(config, options), hf=config)
+
+
+def _image_token_id(config: dict[str, Any], options: VlmOptions) -> int | None:
+    """A row of the vocabulary that no text has: the released configurations name one, for inference only."""
+    named = config.get("image_token_index")
+    return named if named is not None and named < options.llm.vocab_size else None
 
 
 def write(options: VlmOptions, dialect: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -65,7 +73,7 @@ def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any]) -> dict[str, Any]:
     start = _LINE.read(_LINE.compose(llm_hf, tower_hf), None)
     llm = _PARTS.llm_options(llm_hf, "the llm's config.json")
     config, _ = write(replace(start, llm=llm), "original")
-    return {**config, "image_aspect_ratio": "square"}
+    return {**config, "image_aspect_ratio": "square", "tokenizer_model_max_length": MAX_TOKENS}
 
 
 def _legacy_keys(options: VlmOptions) -> KeyMap:

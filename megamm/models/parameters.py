@@ -66,7 +66,7 @@ def fill(chunks: Iterable[VLM], keymap: KeyMap, read: Callable[[Entry], Tensor])
 
 def draw(chunks: Iterable[VLM], keymap: KeyMap, seed: int) -> None:
     """Fill every parameter at random, as weights/draw.py draws it."""
-    fill(chunks, keymap, lambda entry: draw_tensor(entry.name, entry.shape, seed))
+    fill(chunks, keymap, lambda entry: draw_tensor(entry.name, entry.shape, seed, entry.std))
 
 
 def join(entry: Entry, local: Tensor) -> Tensor:

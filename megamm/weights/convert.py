@@ -62,6 +62,8 @@ class FamilyTables(Protocol):
     def is_recognised(self) -> bool: ...
     @property
     def keys(self) -> Mapping[str, Callable[[Any], KeyMap]]: ...
+    @property
+    def start_keys(self) -> Callable[[Any], KeyMap] | None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +88,7 @@ class HfCheckpoint:
         name = self.duplicated.get(name, name)
         entry = self.table[name]
         if name in self.drawn:
-            return draw(name, entry.shape, self.seed).to(self.drawn[name].dtype)
+            return draw(name, entry.shape, self.seed, entry.std).to(self.drawn[name].dtype)
         return entry.pack([self.source.read(key) for key in entry.hf])
 
     def metas(self) -> dict[str, Tensor]:
@@ -102,8 +104,8 @@ class HfCheckpoint:
         return found | {name: found[other] for name, other in self.duplicated.items()}
 
     def origins(self) -> dict[tuple[str, str, str], list[str]]:
-        """(part, how, directory) -> the canonical names that came from there so. How is copied, drawn, or duplicated for
-        what is a copy of another weight of the model."""
+        """(part, how, directory) -> the canonical names that came from there so. How is copied, drawn, or duplicated
+        for what is a copy of another weight of the model."""
         origins: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for entry in self.table.entries():
             part = entry.name.split(".")[0]
@@ -137,7 +139,8 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
     refusals: dict[str, CheckpointError] = {}
     for family in families:
         try:
-            checkpoint = _open_as(family, config, tower_config, source, parts, may_duplicate=is_named)
+            may_duplicate = is_named and family.start_keys is None
+            checkpoint = _open_as(family, config, tower_config, source, parts, may_duplicate=may_duplicate)
             checkpoint.metas()  # what cannot be packed is refused here
             found.append(checkpoint)
         except CheckpointError as error:
@@ -168,7 +171,10 @@ def open_start(
         _refuse_adapter(hf_dir)
         source = HfSource(hf_dir)
         config = read_config(hf_dir) if (Path(hf_dir) / CONFIG).exists() else config
-    checkpoint = _open_as(family, config, tower_config, source, (llm, tower), family.drawn, may_duplicate=True)
+    keys = None if family.start_keys is None else {family.export_dialect: family.start_keys}
+    checkpoint = _open_as(
+        family, config, tower_config, source, (llm, tower), family.drawn, may_duplicate=True, keys=keys
+    )
     if unused := sorted(llm.infos.keys() - fill((), llm.infos, checkpoint.table).values()):
         raise CheckpointError(
             f"{llm_dir} holds {unused[0]} ({len(unused)} such tensors), which the llm of family {family.name} does not "
@@ -208,11 +214,13 @@ def _open_as(
     parts: Sequence[HfSource],
     new: tuple[str, ...] = (),
     may_duplicate: bool = False,
+    keys: Mapping[str, Callable[[Any], KeyMap]] | None = None,
 ) -> HfCheckpoint:
     """`parts` fill what `source` lacks, one after the other; what begins with one of `new` may be nowhere, and with
-    `may_duplicate` what the family duplicates."""
+    `may_duplicate` what the family duplicates. `keys`: by default the family's."""
     options = family.read(config, tower_config)
-    tables = {dialect: table for dialect, make in family.keys.items() if (table := make(options)).entries()}
+    made = {dialect: make(options) for dialect, make in (keys or family.keys).items()}
+    tables = {dialect: table for dialect, table in made.items() if table.entries()}
     copies = family.duplicated(options) if may_duplicate else {}
     dialect = match(source.infos, tables, [part.infos for part in parts], (*new, *copies))
     table = tables[dialect]

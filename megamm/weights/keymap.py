@@ -45,6 +45,8 @@ class Row:
     """Key of pack.PACKINGS."""
     tp: str | None = None
     """Key of shard.PARTITION_DIM. `vocab` pads on import and cuts on export."""
+    std: float = 0.02
+    """Standard deviation that it is drawn with, where it is drawn and is neither norm nor bias."""
     is_exported: bool = True
     """Whether an export writes it; False: the layout has no place for it."""
 
@@ -69,7 +71,8 @@ class Entry:
     packing: str
     tp: str | None
     dims: Dims
-    is_exported: bool
+    std: float = 0.02
+    is_exported: bool = True
 
     @property
     def partition_dim(self) -> int | None:
@@ -243,17 +246,17 @@ def _check(row: Row | Keep, dims: Dims) -> None:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab_padded rows, not shape {row.shape}")
     if row.tp == "vocab" and not 0 < dims.vocab <= dims.vocab_padded:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab and a dims.vocab_padded that holds it")
-    if row.pack in ("qkv", "qkv_fused") and (dims.groups < 1 or dims.heads % dims.groups):
+    if row.pack in ("qkv", "qkv_fused", "kv") and (dims.groups < 1 or dims.heads % dims.groups):
         raise ValueError(f"{row.name}: pack {row.pack!r} needs dims.heads to be a multiple of dims.groups")
 
 
 def _expand(row: Row, dims: Dims) -> Iterator[Entry]:
     if "{i}" not in row.name:
-        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims, row.is_exported)
+        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims, row.std, row.is_exported)
         return
     for layer in range(dims.layers):
         name, *hf = (name.replace("{i}", str(layer)) for name in (row.name, *row.hf))
-        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims, row.is_exported)
+        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims, row.std, row.is_exported)
 
 
 def _prefixed(name: str, prefixes: Mapping[str, str]) -> str:

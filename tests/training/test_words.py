@@ -117,7 +117,7 @@ def test_a_detached_teacher_does_not_learn(config, pool, tmp_path):
 @pytest.mark.parametrize(
     ("name", "freeze", "loss", "message"),
     [
-        ("llava", ("words",), Loss(), "train.freeze=words: family llava has none; its parts are vision, projector, llm"),
+        ("llava", ("words",), Loss(), "freeze=words: family llava has none; its parts are vision, projector, llm"),
         ("llava", ("vision", "projector", "llm"), Loss(), "leaves nothing to train"),
         ("vw_lmm", ("vision", "projector", "llm", "words"), Loss(), "leaves nothing to train"),
         ("llava", (), Loss(teacher="llm", vm_weight=2.0), "loss.vm_weight, loss.teacher: family llava has no visual"),
