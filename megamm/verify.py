@@ -165,7 +165,7 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
 
     samples = [sample(b, ids_BT[b][mask_BT[b] == 1], labels_BT[b][mask_BT[b] == 1]) for b in range(len(ids_BT))]
     # Nobody takes the tokens of a blank image, and ours are other blanks than the authors'.
-    for name in ("vision_features", "visual_tokens"):
+    for name in ("vision_features", "visual_tokens", "visual_words", "pseudo_image_features"):
         if name in arrays and len(arrays[name]) == len(is_dummy):
             arrays[name] = arrays[name][~is_dummy]
             if is_dummy.all():

@@ -143,8 +143,8 @@ def vision_config(options: VisionOptions, build: Build) -> TransformerConfig:
 def projector_config(options: ProjectorOptions, build: Build) -> TransformerConfig:
     """What the projector's modules read: sizes, dtype, tensor parallelism. It has no layers of megatron-core's."""
     common = {**_common(build), "bias_activation_fusion": False, "pipeline_model_parallel_size": 1}
-    for field in ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "variable_seq_lengths", "pipeline_dtype"):
-        common.pop(field, None)
+    for name in ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "variable_seq_lengths", "pipeline_dtype"):
+        common.pop(name, None)
     return TransformerConfig(
         **common,
         num_layers=1,

@@ -49,8 +49,8 @@ def _family(name: str, prefix: str, *, has_pseudo_features: bool) -> Family:
         """Options -> config.json, and the tower's; what was read of a plain LLaVA is written as a VW-LMM."""
         if dialect == "hf" and has_pseudo_features:
             raise CheckpointError(
-                f"transformers' llava cannot hold a {name}: its llm reads visual tokens, this one pseudo image features; "
-                "export with --dialect original"
+                f"transformers' llava cannot hold a {name}: its llm reads visual tokens, this one pseudo image "
+                "features; export with --dialect original"
             )
         return line.write(options, dialect)
 

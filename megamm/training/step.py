@@ -155,8 +155,8 @@ def mean_loss(reduced: Sequence[dict[str, Tensor]]) -> tuple[float, int]:
 
 
 def mean_terms(stages: Stages, reduced: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """`loss_lm`, the mean cross-entropy over the targets, and `loss_vm`, the mean divergence over the visual tokens that
-    something stands before, the same on every rank; {} for a model whose loss has one term only."""
+    """`loss_lm`, the mean cross-entropy over the targets, and `loss_vm`, the mean divergence over the visual tokens
+    that something stands before, the same on every rank; {} for a model whose loss has one term only."""
     if not unwrap_model(stages[0]).options.has_visual_words:
         return {}
     sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=backend.current().device)

@@ -1,13 +1,10 @@
 """Training with visual words: two terms, each a mean of its own, whatever layout and micro-batch; copies stay equal."""
 
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from megamm.config.schema import Checkpoint, Config, Data, Loss, Model, Optim, Parallel, Train
 from megamm.errors import ConfigError
@@ -16,27 +13,14 @@ from megamm.testing.data import random_dataset
 from megamm.training.setup import plan
 from megamm.weights.convert import import_hf
 from megamm.weights.torch_dist import StoredTensors
+from tests.models.words import odd_release
 from tests.training import jobs
 from tests.training.test_layouts import LAYOUTS, RANKS, assert_same, at
 
 STEPS = 6
-NUM_WORDS = 125
-"""Rows of the vocabulary; 128 are stored."""
 NATIVE = str(Path(__file__).parents[1] / "golden/llava/hf_native/hf/config.json")
 FAMILIES = ("vw_lmm", "vw_lmm_pif")
 SEVERAL = ("tp2 pp2 sp", "pp2 interleaved cut in the tower", "tp2 dp2 sp", "tp4 sp, more ranks than key/value groups")
-
-
-def odd_vocabulary(release: Path, to: Path) -> Path:
-    """The release with as many rows in its vocabulary as no layout divides."""
-    shutil.copytree(release, to)
-    tensors = load_file(to / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight", "vm_head.weight"):
-        tensors[name] = tensors[name][:NUM_WORDS].clone()
-    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps(config | {"vocab_size": NUM_WORDS}))
-    return to
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +37,7 @@ def starts(golden, tmp_path_factory):
     """The golden of each family, imported."""
     folder = tmp_path_factory.mktemp("starts")
     for name in FAMILIES:
-        hf = odd_vocabulary(
-            golden / "vw_lmm" / ("pif" if name == "vw_lmm_pif" else "llama") / "hf", folder / f"{name}-hf"
-        )
+        hf = odd_release(golden / "vw_lmm" / ("pif" if name == "vw_lmm_pif" else "llama") / "hf", folder / f"{name}-hf")
         import_hf(hf, hf / "vision_tower", [family(name)], folder / name)
     return folder
 
@@ -135,12 +117,7 @@ def test_a_detached_teacher_does_not_learn(config, pool, tmp_path):
 @pytest.mark.parametrize(
     ("name", "freeze", "loss", "message"),
     [
-        (
-            "llava",
-            ("words",),
-            Loss(),
-            "train.freeze=words: family llava has none; its parts are vision, projector, llm",
-        ),
+        ("llava", ("words",), Loss(), "freeze=words: family llava has none; its parts are vision, projector, llm"),
         ("llava", ("vision", "projector", "llm"), Loss(), "leaves nothing to train"),
         ("vw_lmm", ("vision", "projector", "llm", "words"), Loss(), "leaves nothing to train"),
         ("llava", (), Loss(teacher="llm", vm_weight=2.0), "loss.vm_weight, loss.teacher: family llava has no visual"),
