@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from megamm.batch import IGNORE, IMAGE, Batch, Sample
 from megamm.data.faults import SampleFault
-from megamm.data.image import ImageFormat, decode, to_pixels
+from megamm.data.image import ImageFormat, decode, to_views
 from megamm.data.indexed import Reader
 from megamm.data.text import expand
 from megamm.errors import ConfigError, DataError, MegammError
@@ -27,13 +27,21 @@ class Dataset:
     """Samples of an indexed dataset by number, as one model wants them."""
 
     def __init__(self, prefix: str | Path, image_format: ImageFormat, max_tokens: int, with_pixels: bool = True):
-        """`with_pixels=False`: for ranks that run no vision.embed; pictures are neither read nor decoded."""
+        """`with_pixels=False`: for ranks that run no vision.embed; pictures are neither read nor decoded.
+
+        Raises DataError for a dataset that is not whole, or whose tiles are not of the tower's size."""
         self.reader = Reader(prefix)
         self.image_format = image_format
         self.max_tokens = max_tokens
         self.with_pixels = with_pixels
         self.placeholder: list[int] | None = self.reader.info.get("placeholder")
         """The ids that stand for a picture where its visual tokens are no part of the sequence."""
+        rules = self.reader.info.get("views")
+        if rules is not None and rules["cut"] != "none" and rules["tile_size"] != image_format.size:
+            raise DataError(
+                f"{prefix}: pictures were cut for tiles of {rules['tile_size']} pixels, the model's tower sees "
+                f"{image_format.size}; preprocess again with --tile-size {image_format.size}"
+            )
 
     def __len__(self) -> int:
         """Samples."""
@@ -63,12 +71,17 @@ class Dataset:
     def _pixels(self, i: int, num_images: int) -> torch.Tensor:
         size = self.image_format.size
         pixels_I3HW = torch.empty(num_images, 3, size, size)
-        for k in range(num_images):
+        if not num_images:
+            return pixels_I3HW
+        for k, num_views in self.reader.views(i):
+            if k >= num_images:
+                break
             try:
-                pixels_I3HW[k] = to_pixels(decode(self.reader.image(i, k)), self.image_format)
+                views = to_views(decode(self.reader.image(i, k)), self.image_format, num_views)
             except SampleFault as fault:
                 where = f"{self.reader.prefix}: document {i}, picture {k}"
                 raise DataError(f"{where}: {fault}; preprocess again") from fault
+            pixels_I3HW[k : k + num_views] = views[: num_images - k]
         return pixels_I3HW
 
 

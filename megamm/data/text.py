@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +28,11 @@ def tokenise(
     any tokenizer. Targets come from where each token stands in the text, so they are right where the authors' counting
     fails and drops the sample. Raises SampleFault.
     """
-    rounds = _rounds([(role, _one_marker_in_front(text, marker)) for role, text in turns])
+    if not template.keeps_markers:
+        turns = [(role, _one_marker_in_front(text, marker)) for role, text in turns]
+    elif any(role == "gpt" and marker in text for role, text in turns):
+        raise SampleFault("marker_count", "a marker in an answer, where this template has none")
+    rounds = _rounds(turns)
     text, ranges = template.render(rounds, marker)
     pieces = text.split(marker)
     if len(pieces) - 1 != num_images:
@@ -39,16 +44,19 @@ def tokenise(
         if i > 0:
             ids.append(np.asarray([IMAGE], dtype=np.int32))
             num_ids, char = num_ids + 1, char + len(marker)
-        piece_ids, starts, ends = tokenizer.encode_offsets(piece)
-        for start, end in ranges:
-            # Every token that shares a character with the range. A token that begins in the space before an answer
-            # is a target; the end token always stands alone, so nothing behind it can be.
-            first = int(np.searchsorted(ends, start - char, side="right"))
-            last = int(np.searchsorted(starts, end - char, side="left"))
-            if first < last:
-                spans.append((num_ids + first, num_ids + last))
-        ids.append(piece_ids)
-        num_ids, char = num_ids + len(piece_ids), char + len(piece)
+        answers = [start - char for start, _ in ranges if 0 < start - char < len(piece)]
+        cuts = [0, *(answers if template.splits_answers else []), len(piece)]
+        for part in (piece[a:b] for a, b in pairwise(cuts)):
+            part_ids, starts, ends = tokenizer.encode_offsets(part)
+            for start, end in ranges:
+                # Every token that shares a character with the range. A token that begins in the space before an
+                # answer is a target; the end token always stands alone, so nothing behind it can be.
+                first = int(np.searchsorted(ends, start - char, side="right"))
+                last = int(np.searchsorted(starts, end - char, side="left"))
+                if first < last:
+                    spans.append((num_ids + first, num_ids + last))
+            ids.append(part_ids)
+            num_ids, char = num_ids + len(part_ids), char + len(part)
     return np.concatenate(ids), np.asarray(spans, dtype=np.int32).reshape(-1, 2)
 
 

@@ -83,7 +83,7 @@ def read(config: dict[str, Any], tower_config: dict[str, Any] | None = None) -> 
         family="mplug_owl3",
         vision=tower,
         projector=ProjectorOptions(
-            kind=_PROJECTORS[which],  # type: ignore[arg-type]
+            kind=_PROJECTORS[which],
             in_size=tower.hidden_size,
             out_size=decoder.hidden_size,
         ),

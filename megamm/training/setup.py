@@ -301,5 +301,7 @@ def _mean_sample(options: VlmOptions, data: Data, reader: Reader | None) -> tupl
     """Mean tokens, after the cut, and mean images of a sample; without data a full sequence with one picture."""
     if reader is None or not len(reader):
         return float(data.max_tokens), 1.0
-    tokens = reader.num_ids + reader.num_images * (options.tokens_per_image - 1)
+    placeholder = reader.info.get("placeholder")
+    per_image = options.tokens_per_image if placeholder is None else len(placeholder)
+    tokens = reader.num_ids + reader.num_images * (per_image - 1)
     return float(np.minimum(tokens, data.max_tokens).mean()), float(reader.num_images.mean())

@@ -59,7 +59,7 @@ class HyperAttention(SelfAttention):
             width = self.hidden_size_per_attention_head
             self.gate = torch.nn.Linear(width, width, device=backend.current().device, dtype=config.params_dtype)
 
-    def forward(  # type: ignore[override]  # of the arguments of a layer only those that training gives
+    def forward(
         self,
         x_SBH: Tensor,
         features_R1H: Tensor,
@@ -146,7 +146,7 @@ def attend(query_SBND: Tensor, key_KBGD: Tensor, value_KBGD: Tensor, mask_BSK: T
 class HyperLayer(TransformerLayer):
     """A decoder layer around a HyperAttention: one norm for hidden states and visual tokens alike."""
 
-    def _forward_attention(  # type: ignore[override]
+    def _forward_attention(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
