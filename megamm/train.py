@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megamm import backend
-from megamm.config.frozen import TEXT_WAY, is_frozen, num_frozen_layers
+from megamm.config.frozen import TEXT_WAY, num_frozen_layers
 from megamm.config.load import parse
 from megamm.config.schema import Config
 from megamm.errors import MegammError
