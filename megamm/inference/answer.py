@@ -45,6 +45,8 @@ class Answerer:
         self._tokenizer = load_tokenizer(hf_dir)
         self._template = template(template_name or self._family.template)
         self._format = image_format(options, Data(path=""))
+        placeholder = self._family.placeholder
+        self._placeholder = None if placeholder is None else self._tokenizer.encode(placeholder, bos=False)
         backend.start("auto")
         groups.start_distributed()
         layout = choose_layout(Parallel(), units(options, num_tokens=1, num_images=1, seq_length=1))
@@ -73,7 +75,8 @@ class Answerer:
         ids, spans = tokenise(turns, len(question.images), self._template, self._tokenizer, self._family.marker)
         no_spans = np.empty((0, 2), dtype=np.int32)
         max_tokens = self._options.llm.max_positions
-        ids, labels, starts = expand(ids[: spans[0, 0]], no_spans, self._options.tokens_per_image, max_tokens)
+        tokens = self._options.tokens_per_image
+        ids, labels, starts = expand(ids[: spans[0, 0]], no_spans, tokens, max_tokens, self._placeholder)
         pixels = [to_pixels(decode(image), self._format) for image in question.images]
         size = self._format.size
         return Sample(

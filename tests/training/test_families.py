@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from data_tools import preprocess
 from examples.quickstart import draw, make_model
 from megamm.config.schema import Checkpoint, Config, Data, Model, Optim, Parallel, Train
-from megamm.data.indexed import Writer
-from megamm.data.prepare import Document, Preparer, Recipe
-from megamm.data.sources import LlavaSource
 from megamm.registry import FAMILIES, family
 from megamm.testing.families import TINY, tiny
 from megamm.testing.tiny import tiny_llava
@@ -35,17 +33,17 @@ def start(name: str, source: Path, image_dir: Path, directory: Path) -> Config:
     else:
         tiny(directory / "hf", name, texts=texts)
     import_hf(directory / "hf", None, [family(name)], directory / "start")
-    recipe = Recipe(
-        image_dir=image_dir,
-        tokenizer_dir=directory / "hf",
-        template=TINY[name].template if name in TINY else family(name).template,
-        marker=family(name).marker,
+    preprocess.main(
+        preprocess.Options(
+            input=source,
+            image_dir=image_dir,
+            family=name,
+            template=TINY[name].template if name in TINY else None,
+            tokenizer=directory / "hf",
+            output=str(directory / "train"),
+            max_bad=0.0,
+        )
     )
-    with Writer(directory / "train") as writer:
-        for document in map(Preparer(recipe), LlavaSource(source)):
-            assert isinstance(document, Document), document
-            writer.add(document.ids, document.images, document.spans)
-        writer.finish({"family": name})
     return Config(
         model=Model(family=name, pretrained=str(directory / "start")),
         data=Data(path=str(directory / "train"), max_tokens=160, num_workers=0),
