@@ -1,4 +1,4 @@
-"""The VW-LMM recipes: LLaVA-1.5's numbers, what each stage trains and minimises, and run.sh from weights to an export."""
+"""The VW-LMM recipes: LLaVA-1.5 numbers, what each stage trains and minimises, and run.sh from weights to export."""
 
 import subprocess
 from pathlib import Path
