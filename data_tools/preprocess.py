@@ -49,6 +49,8 @@ class Options:
     """Prefix of the files to write."""
     template: str | None = None
     """Conversation format; default: the family's for sft. `plain` is the one for pretraining the projector."""
+    marker: str | None = None
+    """Text that stands for a picture in the conversations; default: the family's. LLaVA's files have `<image>`."""
     cut: Literal["none", "single", "all"] = "none"
     """Which still pictures are cut into tiles, for a template that keeps markers in place: none, the only one of a
     sample (mPLUG-Owl3 until October 2024 was trained so), or all (since)."""
@@ -80,7 +82,7 @@ def main(options: Options) -> None:
         image_dir=options.image_dir,
         tokenizer_dir=options.tokenizer,
         template=options.template or model.template,
-        marker=model.marker,
+        marker=options.marker or model.marker,
         views=ViewRules(
             cut=options.cut,
             text=options.view_text,

@@ -50,6 +50,7 @@ LIMITS = {
     "loss": 1e-5,
     "expanded_labels": EQUAL,
     "expanded_attention_mask": EQUAL,
+    "modality_indicators": EQUAL,
     "greedy_tokens": EQUAL,
 }
 """Largest absolute difference per output array. Other operator orders move float32 logits by up to 4e-6; the smallest
@@ -124,6 +125,7 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
         ids_BT, mask_BT, pixels = arrays["input_ids"], arrays["attention_mask"], arrays["pixel_values"]
         labels_BT, rows = arrays["labels"], arrays["image_row"]
         is_dummy = arrays["image_is_dummy"].astype(bool)
+        frames = arrays.get("frames_per_slot")
         needed = {"loss"}
         needed |= {"greedy_tokens"} if "greedy_prompt" in arrays else set()
         needed |= {"expanded_attention_mask"} if {"logits", "layer_outputs"} & arrays.keys() else set()
@@ -137,6 +139,11 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
     starts = _starts(arrays) if options.llm.hyper is not None else None
 
     def sample(b: int, ids: np.ndarray, labels: np.ndarray) -> Sample:
+        if frames is not None:  # every frame becomes an image of its own, one behind the other
+            first, is_slot = int((ids_BT[:b] == IMAGE).sum()), ids == IMAGE
+            repeats = np.ones_like(ids)
+            repeats[is_slot] = frames[first : first + is_slot.sum()]
+            ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
         own = pixels[(rows == b) & ~is_dummy]
         if starts is None:
             ids, labels, num_images = _expanded(ids, labels, options)
@@ -328,11 +335,12 @@ def outputs_of(case: Case, found: dict[str, np.ndarray]) -> dict[str, np.ndarray
     out["layer_outputs"] = np.stack([value for _, value in layers])
     length = max(len(sample.ids_S) for sample in case.samples)
     labels = np.full((len(case.samples), length), IGNORE, dtype=np.int64)
-    mask = np.zeros_like(labels)
+    mask, is_visual = np.zeros_like(labels), np.zeros_like(labels)
     for b, sample in enumerate(case.samples):
         labels[b, : len(sample.labels_S)] = sample.labels_S.numpy()
         mask[b, : len(sample.labels_S)] = 1
-    out |= {"expanded_labels": labels, "expanded_attention_mask": mask}
+        is_visual[b, : len(sample.ids_S)] = sample.ids_S.numpy() == IMAGE
+    out |= {"expanded_labels": labels, "expanded_attention_mask": mask, "modality_indicators": is_visual}
     out["logits"] = out["logits"][:, :length]
     out["layer_outputs"] = out["layer_outputs"][:, :, :length]
     return out

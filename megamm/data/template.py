@@ -1,7 +1,7 @@
 """Conversation formats, as data: five strings each, and flags. A new format is a new row of TEMPLATES, never new code.
 
-Strings, names and what carries loss: `conversation.py` and `train.py` of LLaVA, TinyLLaVA, Imp and VW-LMM; mPLUG-Owl3's
-released processor.
+Strings, names and what carries loss: `conversation.py` and `train.py` of LLaVA, TinyLLaVA, Imp and VW-LMM, mPLUG-Owl2;
+mPLUG-Owl3's released processor.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ TEMPLATES: dict[str, Template] = {
     "vicuna_v1": _V1,
     "llava_v1": _vicuna(_HUMAN, "</s>"),
     "plain": _PLAIN,
+    "mplug_owl2": Template(first="USER: ", later="USER: ", reply=" ASSISTANT:", lead=" ", end="</s>"),
     "llava_llama_2": Template(
         first=f"[INST] <<SYS>>\n{_LLAMA_2}\n<</SYS>>\n\n", later="<s>[INST] ", reply=" [/INST]", lead=" ", end=" </s>"
     ),

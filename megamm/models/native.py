@@ -98,10 +98,9 @@ def check_same_tower(ours: VisionOptions, towers: VisionOptions) -> None:
 def write(options: VlmOptions, *, parts: Parts) -> dict[str, Any]:
     """Options -> config.json, written over the one they came from if that was in this spelling."""
     llm, vision = parts.llm(options.llm), parts.vision(options.vision)
-    if options.projector.kind != "mlp2x_gelu":
-        raise CheckpointError(
-            f"transformers' llava has no projector of kind {options.projector.kind!r}; export with --dialect original"
-        )
+    if options.projector.kind != "mlp2x_gelu" or options.llm.has_head_bias:
+        what = "bias on the head" if options.llm.has_head_bias else f"projector of kind {options.projector.kind!r}"
+        raise CheckpointError(f"transformers' llava has no {what}; export in the --dialect of the authors' code")
     source = options.hf if is_native(options.hf) else {}
     tower = options.hf.get("vision_config", options.tower_hf or {})
     known: dict[str, Any] = {

@@ -13,8 +13,9 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamm.config.frozen import is_frozen
+from megamm.config.frozen import TEXT_WAY, is_frozen
 from megamm.errors import CheckpointError
+from megamm.models.layers.modality_adaptive import is_visual_way
 from megamm.models.vlm import VLM
 from megamm.parallel.groups import gather_over_tp
 from megamm.weights.draw import draw as draw_tensor
@@ -66,7 +67,7 @@ def fill(chunks: Iterable[VLM], keymap: KeyMap, read: Callable[[Entry], Tensor])
 
 def draw(chunks: Iterable[VLM], keymap: KeyMap, seed: int) -> None:
     """Fill every parameter at random, as weights/draw.py draws it."""
-    fill(chunks, keymap, lambda entry: draw_tensor(entry.name, entry.shape, seed))
+    fill(chunks, keymap, lambda entry: draw_tensor(entry.name, entry.shape, seed, entry.std))
 
 
 def join(entry: Entry, local: Tensor) -> Tensor:
@@ -93,9 +94,8 @@ def freeze(chunks: Iterable[VLM], frozen: Collection[str]) -> None:
     """
     chunks = list(chunks)
     for name, parameter in canonical_parameters(chunks):
-        if is_frozen(unit_of(name), frozen):
+        is_text_way = name.startswith("llm.") and not is_visual_way(name)
+        if is_frozen(unit_of(name), frozen) or (TEXT_WAY in frozen and is_text_way):
             parameter.requires_grad_(False)
     for chunk in chunks:
-        chunk.sends_gradient = any(
-            unit.parameters and not is_frozen(unit.name, frozen) for unit in chunk.stage.earlier
-        )
+        chunk.sends_gradient = any(unit.parameters and not is_frozen(unit.name, frozen) for unit in chunk.stage.earlier)

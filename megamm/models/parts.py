@@ -4,7 +4,7 @@ The modules themselves (`models/llm/llama.py`, `models/vision/clip.py`) are pass
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from megamm.errors import CheckpointError
@@ -44,20 +44,18 @@ class Parts:
     visions: tuple[VisionPart, ...]
     """As `llms`."""
     projectors: tuple[str, ...] = ("linear", "mlpNx_gelu")
-    """Kinds of projector, as ProjectorOptions calls them; N is any number."""
+    """Kinds of projector in the authors' code, as ProjectorOptions calls them; N is any number."""
 
     def llm_options(self, config: dict[str, Any], name: str = "config.json") -> LlmOptions:
         """Options of a plain decoder's config.json. CheckpointError: none of `llms`."""
-        part = _chosen(self.llms, config, name, "llm")
-        return replace(part.from_hf(config), model_type=part.MODEL_TYPE)
+        return _chosen(self.llms, config, name, "llm").from_hf(config)
 
     def vision_options(
         self, config: dict[str, Any], feature_layer: int, keep_first_token: bool, name: str = "the tower's config.json"
     ) -> VisionOptions:
         """Options of a tower's config.json, or that of the model around it. CheckpointError: none of `visions`."""
         inner = vision_config(config)
-        part = _chosen(self.visions, inner, name, "vision")
-        return replace(part.from_hf(inner, feature_layer, keep_first_token), model_type=part.MODEL_TYPE)
+        return _chosen(self.visions, inner, name, "vision").from_hf(inner, feature_layer, keep_first_token)
 
     def llm(self, options: LlmOptions) -> LlmPart:
         """The file that read these options."""

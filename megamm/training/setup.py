@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megamm.config.check import find_problems
-from megamm.config.frozen import num_frozen_layers
+from megamm.config.frozen import TEXT_WAY, num_frozen_layers
 from megamm.config.schema import Checkpoint, Config, Data
 from megamm.data.image import ImageFormat
 from megamm.data.indexed import Reader
@@ -118,6 +118,8 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
     for part, layers in (("vision", options.vision.num_layers), ("llm", options.llm.num_layers)):
         if (first := num_frozen_layers(part, config.train.freeze)) > layers:
             problems.append(f"train.freeze={part}[:{first}]: the {part} has {layers} layers; give at most {layers}")
+    if TEXT_WAY in config.train.freeze and not options.llm.is_modality_adaptive:
+        problems.append(f"train.freeze={TEXT_WAY}: visual tokens have no way of their own in this llm; give llm instead")
     for name, reader in readers.items():
         problems += _data_problems(name, reader, model)
     if resumed is not None and config.checkpoint.resume:
@@ -168,9 +170,10 @@ def _interleaving_problems(config: Config, layout: Layout, world_size: int) -> l
 
 def part_sizes(options: VlmOptions) -> dict[str, Sizes]:
     """The sizes that tensor parallelism divides."""
-    vision, llm = options.vision, options.llm
+    vision, projector, llm = options.vision, options.projector, options.llm
     return {
         "vision": Sizes(heads=vision.num_heads, groups=vision.num_heads, ffn=vision.ffn_size),
+        "projector": Sizes(heads=projector.num_heads or None, ffn=projector.ffn_size or None),
         "llm": Sizes(heads=llm.num_heads, groups=llm.num_groups, ffn=llm.ffn_size, vocab=llm.padded_vocab_size),
     }
 
