@@ -22,7 +22,7 @@ class Family:
     compose: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
     """config.json of a plain llm, and of a plain vision tower -> that of a model of both, in the export dialect."""
     keys: dict[str, Callable[[VlmOptions], KeyMap]]
-    """Dialect -> table of its key names; the export dialect first."""
+    """Dialect -> table of its key names, without rows where it cannot spell the model; the export dialect first."""
     complete: Callable[[dict[str, Any], Iterable[str]], dict[str, Any]] = lambda config, _: config
     """config.json, key names of a release -> config.json, completed by what only the names tell of the model."""
     export_dialect: str

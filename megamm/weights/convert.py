@@ -222,7 +222,8 @@ def _open_as(
     `may_duplicate` what the family duplicates. `keys`: by default the family's."""
     config = family.complete(config, source.infos)
     options = family.read(config, tower_config)
-    tables = {dialect: make(options) for dialect, make in (keys or family.keys).items()}
+    made = {dialect: make(options) for dialect, make in (keys or family.keys).items()}
+    tables = {dialect: table for dialect, table in made.items() if table.entries()}
     copies = family.duplicated(options) if may_duplicate else {}
     dialect = match(source.infos, tables, [part.infos for part in parts], (*new, *copies))
     table = tables[dialect]
