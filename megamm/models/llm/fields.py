@@ -59,7 +59,7 @@ class Fields:
         groups = config.get("num_key_value_heads", self.defaults.get("num_key_value_heads")) or heads
         if heads % groups:
             raise CheckpointError(
-                f"config.json: {heads} num_attention_heads cannot share {groups} num_key_value_heads; the second number "
+                f"config.json: {heads} num_attention_heads cannot share {groups} num_key_value_heads; the second "
                 "must divide the first"
             )
         if _ROTARY in self.defaults:
