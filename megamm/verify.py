@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -50,6 +50,7 @@ LIMITS = {
     "loss": 1e-5,
     "expanded_labels": EQUAL,
     "expanded_attention_mask": EQUAL,
+    "modality_indicators": EQUAL,
     "greedy_tokens": EQUAL,
 }
 """Largest absolute difference per output array. Other operator orders move float32 logits by up to 4e-6; the smallest
@@ -70,6 +71,7 @@ class Request:
     dp: int = 1
     layout: str = "auto"
     sequence_parallel: bool = False
+    recompute: Literal["none", "full"] = "none"
 
     @property
     def parallel(self) -> Parallel:
@@ -123,6 +125,7 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
         ids_BT, mask_BT, pixels = arrays["input_ids"], arrays["attention_mask"], arrays["pixel_values"]
         labels_BT, rows = arrays["labels"], arrays["image_row"]
         is_dummy = arrays["image_is_dummy"].astype(bool)
+        frames = arrays.get("frames_per_slot")
         needed = {"loss"}
         needed |= {"greedy_tokens"} if "greedy_prompt" in arrays else set()
         needed |= {"expanded_attention_mask"} if {"logits", "layer_outputs"} & arrays.keys() else set()
@@ -134,6 +137,11 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
         ) from error
 
     def sample(b: int, ids: np.ndarray, labels: np.ndarray) -> Sample:
+        if frames is not None:  # every frame becomes an image of its own, one behind the other
+            first, is_slot = int((ids_BT[:b] == IMAGE).sum()), ids == IMAGE
+            repeats = np.ones_like(ids)
+            repeats[is_slot] = frames[first : first + is_slot.sum()]
+            ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
         ids, labels, num_images = _expanded(ids, labels, options)
         own = pixels[(rows == b) & ~is_dummy]
         return Sample(
@@ -146,7 +154,7 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
     samples = [sample(b, ids_BT[b][mask_BT[b] == 1], labels_BT[b][mask_BT[b] == 1]) for b in range(len(ids_BT))]
     # Nobody takes the tokens of a blank image, and ours are other blanks than the authors'.
     for name in ("vision_features", "visual_tokens"):
-        if len(arrays.get(name, ())) == len(is_dummy):
+        if name in arrays and len(arrays[name]) == len(is_dummy):
             arrays[name] = arrays[name][~is_dummy]
             if is_dummy.all():
                 del arrays[name]
@@ -208,7 +216,10 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
     options = checkpoint.options
     flat = units(options, num_tokens=1024, num_images=1, seq_length=1024)
     build = Build(
-        tp=request.tp, sequence_parallel=request.sequence_parallel, layout=parse_layout(layout, flat, request.pp)
+        tp=request.tp,
+        sequence_parallel=request.sequence_parallel,
+        layout=parse_layout(layout, flat, request.pp),
+        recompute=request.recompute,
     )
     groups.start_distributed()
     ranks = groups.start(request.parallel, build.layout)
@@ -302,11 +313,12 @@ def outputs_of(case: Case, found: dict[str, np.ndarray]) -> dict[str, np.ndarray
     out["layer_outputs"] = np.stack([value for _, value in layers])
     length = max(len(sample.ids_S) for sample in case.samples)
     labels = np.full((len(case.samples), length), IGNORE, dtype=np.int64)
-    mask = np.zeros_like(labels)
+    mask, is_visual = np.zeros_like(labels), np.zeros_like(labels)
     for b, sample in enumerate(case.samples):
         labels[b, : len(sample.labels_S)] = sample.labels_S.numpy()
         mask[b, : len(sample.labels_S)] = 1
-    out |= {"expanded_labels": labels, "expanded_attention_mask": mask}
+        is_visual[b, : len(sample.ids_S)] = sample.ids_S.numpy() == IMAGE
+    out |= {"expanded_labels": labels, "expanded_attention_mask": mask, "modality_indicators": is_visual}
     out["logits"] = out["logits"][:, :length]
     out["layer_outputs"] = out["layer_outputs"][:, :, :length]
     return out

@@ -25,6 +25,12 @@ class Variant:
         return GOLDEN / self.path / "hf"
 
     @property
+    def tower(self) -> Path | None:
+        """The directory of its tower, where its config.json leaves the tower's sizes out."""
+        is_apart = self.dialect == "original" and not self.path.startswith("imp/")
+        return self.hf / "vision_tower" if is_apart else None
+
+    @property
     def cases(self) -> list[Path]:
         """Its reference cases."""
         return sorted((GOLDEN / self.path / "cases").glob("*.npz"))
@@ -35,4 +41,9 @@ VARIANTS = [
     Variant("imp/phi2_legacy", "legacy"),
     Variant("imp/phi3", "original"),
     Variant("imp/qwen1_5", "original"),
+    Variant("tinyllava/phi2", "original"),
+    Variant("tinyllava/stablelm2", "original"),
+    Variant("tinyllava/tinyllama", "original"),
+    Variant("tinyllava/factory_phi2", "factory"),
+    Variant("tinyllava/factory_qwen2", "factory"),
 ]

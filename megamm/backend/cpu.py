@@ -7,6 +7,7 @@ tests/backend/; none of it runs on a machine whose backend is the GPU.
 
 import contextlib
 import functools
+import importlib
 import math
 import resource
 from collections.abc import Callable, Iterable
@@ -283,6 +284,8 @@ def redirect_cuda_calls() -> None:
     # Patched by name and not through a TorchFunctionMode: recomputation runs in the backward pass, without the mode.
     # `with torch.device(...)` knows the factories by identity and caches them: let it see the real ones first.
     torch.utils._device._device_constructors()
+    # megatron-core hands functions to torch.compile as it is imported, and dynamo refuses the redirected ones.
+    importlib.import_module("megatron.core.models.gpt")
     _replace(torch, **{name: _redirect_factory(getattr(torch, name)) for name in _FACTORIES})
 
     tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type

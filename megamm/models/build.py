@@ -3,7 +3,7 @@
 from megatron.core import parallel_state
 
 from megamm import backend
-from megamm.models.options import VlmOptions
+from megamm.models.options import ProjectorOptions, VlmOptions
 from megamm.models.parameters import mark_partitions
 from megamm.models.spec import Build, PartConfigs
 from megamm.models.vlm import VLM
@@ -54,21 +54,26 @@ def units(
             positions,
             8 * v.hidden_size + 2 * v.ffn_size,
             attention=4.0 * positions * v.num_positions * v.hidden_size,
-            rest=9 * v.hidden_size + v.ffn_size,
+            rest=9 * v.hidden_size + v.ffn_size + 2 * v.hidden_size * (v.has_post_norm and i == v.num_layers - 1),
         )
         for i in range(v.num_layers)
     ]
-    weights = p.in_size * p.out_size + (p.num_linears - 1) * p.out_size**2
-    kept = p.in_size + 2 * (p.num_linears - 1) * p.out_size
-    out.append(unit("projector", weights, visual_tokens, kept, rest=p.num_linears * p.out_size))
+    if p.kind == "abstractor":
+        out.append(_abstractor(p, v.num_features, num_images, bytes_per_value))
+    elif p.num_queries:
+        out.append(_resampler(p, v.num_features, num_images, bytes_per_value))
+    else:
+        weights = p.in_size * p.out_size + (p.num_linears - 1) * p.out_size**2
+        kept = p.in_size + 2 * (p.num_linears - 1) * p.out_size
+        out.append(unit("projector", weights, visual_tokens, kept, rest=p.num_linears * p.out_size))
     vocabulary = t.padded_vocab_size * t.hidden_size
     out.append(Unit("llm.embed", 0.0, vocabulary, int(t.hidden_size * num_tokens * bytes_per_value)))
-    attention_weights = t.hidden_size * (2 * q_size + 2 * kv_size)
+    attention_weights = t.hidden_size * (2 * q_size + 2 * kv_size * t.num_ways)
     # Twice the positions that a query sees on average: half of all, fewer within a window.
     reach = min(seq_length, t.window or seq_length)
     seen = reach * (2 - reach / seq_length)
     fc1_size = t.ffn_size * (1 + t.is_gated)
-    num_norms = 2 - t.has_parallel_residual
+    num_norms = (2 - t.has_parallel_residual) * t.num_ways
     rest = num_norms * t.hidden_size * (1 + (t.norm == "LayerNorm")) + (q_size + 2 * kv_size) * t.has_qkv_bias
     rest += (2 * t.hidden_size + fc1_size) * t.has_bias
     out += [
@@ -88,3 +93,32 @@ def units(
     own = head_norm + t.padded_vocab_size * t.has_head_bias + vocabulary * (not t.has_tied_embeddings)
     out.append(Unit("llm.head", 2 * vocabulary * num_tokens, own, int(head_kept * num_tokens * bytes_per_value)))
     return out
+
+
+def _abstractor(p: ProjectorOptions, num_features: int, num_images: float, bytes_per_value: int) -> Unit:
+    a, f, queries, keys = p.in_size, p.ffn_size, p.num_queries, p.num_queries + num_features
+    layer_flops = 2 * (2 * a * a * (queries + keys) + 3 * a * f * queries) + 4 * queries * keys * a
+    layer_parameters = 4 * a * a + 3 * a * f + 11 * a + 4 * f
+    kept = p.num_layers * (4 * a * keys + (6 * a + 4 * f) * queries)
+    return Unit(
+        "projector",
+        num_images * (p.num_layers * layer_flops + 2 * queries * a * p.out_size),
+        p.num_layers * layer_parameters + queries * a + a * p.out_size + 2 * p.out_size,
+        int(kept * num_images * bytes_per_value),
+    )
+
+
+def _resampler(p: ProjectorOptions, num_features: int, num_images: float, bytes_per_value: int) -> Unit:
+    d, f, inner, queries = p.hidden_size, p.ffn_size, p.num_heads * p.head_dim, p.num_queries
+    is_perceiver = p.kind == "perceiver"
+    width, keys = (d, num_features + queries) if is_perceiver else (p.in_size, num_features)
+    outside = p.in_size * d if is_perceiver else d * p.out_size
+    layer_flops = 2 * (2 * d * inner + 2 * d * f) * queries + 4 * width * inner * keys + 4 * queries * keys * inner
+    layer_parameters = 2 * d * inner + 2 * width * inner + 2 * d * f + 2 * (2 * d + width)
+    kept = p.num_layers * ((width + 2 * inner) * keys + (4 * d + 2 * inner + 2 * f) * queries)
+    return Unit(
+        "projector",
+        num_images * (p.num_layers * layer_flops + 2 * outside * (num_features if is_perceiver else queries)),
+        p.num_layers * layer_parameters + queries * d + outside + 2 * d + d * is_perceiver,
+        int(kept * num_images * bytes_per_value),
+    )

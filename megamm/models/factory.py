@@ -19,10 +19,9 @@ DEFAULTS: dict[str, Any] = {
     # What the authors' code assumes for a field that config.json leaves out.
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "patch",
-    "num_queries": 128,
-    "num_resampler_layers": 3,
-    "resampler_hidden_size": 768,
+    **published.DEFAULTS,
 }
+PROJECTORS = ("linear", "mlpNx_gelu", "perceiver")
 _FEATURES = {"patch": False, "cls_patch": True}
 _LLMS = {
     "llama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -35,6 +34,15 @@ _TOWERS = {
     "siglip_vision_model": "google/siglip-so400m-patch14-384",
 }
 """The authors' code picks a part's class by words in these fields, so a config.json that names none gets one."""
+
+
+def _check_registered(llm: str, tower: str) -> None:
+    for found, known in ((llm, _LLMS), (tower, _TOWERS)):
+        if found not in known:
+            raise CheckpointError(
+                f"TinyLLaVA_Factory has no {found}, only {', '.join(known)}; use another family, or export in another "
+                "--dialect"
+            )
 
 
 def is_factory(config: dict[str, Any]) -> bool:
@@ -59,15 +67,8 @@ def read(config: dict[str, Any], tower_config: dict[str, Any] | None, *, family:
     ):
         if said not in (None, found):
             raise CheckpointError(f"config.json: {name} is {said} and that of the part's own config {found}")
-    projector = published.read(
-        config.get("connector_type", ""),
-        "connector_type",
-        {**DEFAULTS, **config},
-        parts.projectors,
-        in_size=tower.hidden_size,
-        out_size=decoder.hidden_size,
-        resampler="perceiver",
-    )
+    sizes = dict(in_size=tower.hidden_size, out_size=decoder.hidden_size)
+    projector = published.read(config, "connector_type", "mlp2x_gelu", PROJECTORS, **sizes)
     return VlmOptions(
         family=family,
         vision=tower,
@@ -86,28 +87,24 @@ def write(options: VlmOptions, *, parts: Parts) -> dict[str, Any]:
 
     CheckpointError: a decoder or tower that the authors' code has no class for."""
     llm, tower, projector = options.llm, options.vision, options.projector
-    if llm.model_type not in _LLMS or tower.model_type not in _TOWERS or projector.kind == "resampler":
-        raise CheckpointError(
-            f"TinyLLaVA_Factory has no {llm.model_type} with {tower.model_type} and projector {projector.kind}; it has "
-            f"{', '.join(_LLMS)} with {', '.join(_TOWERS)}"
-        )
+    _check_registered(llm.model_type, tower.model_type)
     source = options.hf if is_factory(options.hf) else {}
     text = source.get("text_config", {})
-    seen = source.get("vision_config") or vision_config(options.tower_hf or options.hf)
+    seen = options.hf.get("vision_config") or vision_config(options.tower_hf or {})
     known: dict[str, Any] = {
         "model_type": MODEL_TYPE,
         "text_config": parts.llm(llm).to_hf(llm, text),
-        "vision_config": parts.vision(tower).to_hf(tower, seen if source or options.tower_hf else {}),
+        "vision_config": parts.vision(tower).to_hf(tower, seen),
         "hidden_size": llm.hidden_size,
         "vocab_size": llm.vocab_size,
         "vision_hidden_size": tower.hidden_size,
         "vision_feature_layer": feature_layer(tower, source.get("vision_feature_layer", -2)),
         "vision_feature_select_strategy": "cls_patch" if tower.keep_first_token else "patch",
-        **published.write(projector, "connector_type"),
+        **published.write(projector, "connector_type", PROJECTORS),
     }
     same = {key: known[key] for key in ("hidden_size", "vocab_size", "vision_hidden_size")}
     if source:
-        return overlay(source, known, DEFAULTS | same)
+        return overlay(source, known, DEFAULTS | same | {"connector_type": "mlp2x_gelu"})
     carried = {key: options.hf[key] for key in CARRIED if key in options.hf}
     known["text_config"] |= carried
     return known | carried | names(llm.model_type, tower.model_type, options.max_tokens or llm.max_positions)
@@ -131,12 +128,11 @@ def names(llm: str, tower: str, max_tokens: int) -> dict[str, Any]:
 
 
 def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any], *, parts: Parts) -> dict[str, Any]:
-    """config.json of a model made of a plain llm and a plain tower, as the authors' scripts make it: mlp2x_gelu, and the
-    first feature of whatever tower dropped."""
+    """config.json of a model made of a plain llm and a plain tower, as the authors' scripts make it: mlp2x_gelu, and
+    the first feature of whatever tower dropped."""
     llm = parts.llm_options(llm_hf, "the llm's config.json")
     tower = parts.vision_options(tower_hf, -2, keep_first_token=False)
-    if llm.model_type not in _LLMS:
-        raise CheckpointError(f"TinyLLaVA_Factory has no {llm.model_type}; it has {', '.join(_LLMS)}")
+    _check_registered(llm.model_type, tower.model_type)
     return {
         "model_type": MODEL_TYPE,
         "connector_type": "mlp2x_gelu",

@@ -1,7 +1,7 @@
 """A family: which parts, how they are joined, how its checkpoints are spelt. One value per file beside this one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megamm.models.options import VlmOptions
@@ -25,8 +25,15 @@ class Family:
     """Dialect -> table of its key names, without rows where it cannot spell the model; the export dialect first."""
     export_dialect: str
     """Dialect to export in when the checkpoint was not imported from one."""
+    start_keys: Callable[[VlmOptions], KeyMap] | None = None
+    """Table in the names of a plain llm and a plain tower, for a start of both, where these differ from the export
+    dialect's by more than a prefix."""
     drawn: tuple[str, ...] = ("projector.",)
     """Beginnings of the canonical names that neither a plain llm nor a plain tower has: a start draws them."""
+    duplicated: Callable[[VlmOptions], dict[str, str]] = field(default=lambda _: {})
+    """Canonical names that a release may lack -> those whose weights they then begin with."""
+    is_recognised: bool = True
+    """Whether its releases differ from those of other families; False: it is taken only where it is named."""
     template: str
     """Name of the conversation template of its sft."""
     pretrain_template: str = "plain"

@@ -25,6 +25,8 @@ class VisionOptions:
     """Whether the projector sees the first token, too: the class token, or where there is none the first patch."""
     has_pre_norm: bool
     has_patch_bias: bool
+    has_post_norm: bool = False
+    """Whether the features are normalised behind the last block, the class token's, too."""
     model_type: str = ""
     """`MODEL_TYPE` of the file of models/vision/ that reads and writes it."""
 
@@ -50,7 +52,7 @@ class ProjectorOptions:
 
     kind: str
     """`linear`; `mlpNx_gelu`, N linears with an exact GELU between; `resampler` or `perceiver`, learned queries that
-    attend to the features (models/projector/resampler.py)."""
+    attend to the features (models/projector/resampler.py); `abstractor`, another such (abstractor_layers.py)."""
     in_size: int
     out_size: int
     num_queries: int = 0
@@ -60,6 +62,10 @@ class ProjectorOptions:
     """Width of the queries between the layers."""
     num_heads: int = 0
     head_dim: int = 0
+    ffn_size: int = 0
+    """Width inside the MLP of a layer."""
+    inner_norm_eps: float = 0.0
+    """Epsilon of a norm inside that MLP."""
 
     @property
     def num_linears(self) -> int:
@@ -98,8 +104,15 @@ class LlmOptions:
     """Whether the head uses the embedding's weights."""
     has_parallel_residual: bool = False
     """Whether attention and MLP read the same norm of the layer's input, and both are added to it."""
+    is_modality_adaptive: bool = False
+    """Whether visual tokens have norms, keys and values of their own (models/layers/modality_adaptive.py)."""
     model_type: str = "llama"
     """`model_type` of a plain decoder of this architecture: which file of models/llm/ it is."""
+
+    @property
+    def num_ways(self) -> int:
+        """How many norms, keys and values every layer has."""
+        return 2 if self.is_modality_adaptive else 1
 
     @property
     def padded_vocab_size(self) -> int:

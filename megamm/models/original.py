@@ -92,7 +92,7 @@ def read(
         )
     decoder = replace(chosen.llm.from_hf(config), **chosen.always)
     sizes = dict(in_size=tower.hidden_size, out_size=decoder.hidden_size)
-    projector = published.read(fields["mm_projector_type"], "mm_projector_type", config, parts.projectors, **sizes)
+    projector = published.read(config, "mm_projector_type", DEFAULTS["mm_projector_type"], parts.projectors, **sizes)
     return VlmOptions(
         family=family,
         vision=tower,
@@ -119,11 +119,11 @@ def write(options: VlmOptions, *, parts: Parts, classes: Sequence[Class]) -> tup
         "model_type": chosen.model_type,
         "mm_vision_tower": source.get("mm_vision_tower", "vision_tower"),
         "mm_hidden_size": options.vision.hidden_size,
-        "mm_projector_type": options.projector.kind,
+        **published.write(options.projector, "mm_projector_type", parts.projectors),
         "mm_vision_select_layer": feature_layer(options.vision, source.get("mm_vision_select_layer", -2)),
         "mm_vision_select_feature": _feature(options, source),
     }
-    defaults = {**DEFAULTS, "mm_hidden_size": options.vision.hidden_size}
+    defaults = {**DEFAULTS, **published.DEFAULTS, "mm_hidden_size": options.vision.hidden_size}
     out = overlay(chosen.llm.to_hf(options.llm, source), known, defaults if source else {}) | dict.fromkeys(
         _FLAGS, False
     )

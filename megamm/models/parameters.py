@@ -66,7 +66,7 @@ def fill(chunks: Iterable[VLM], keymap: KeyMap, read: Callable[[Entry], Tensor])
 
 def draw(chunks: Iterable[VLM], keymap: KeyMap, seed: int) -> None:
     """Fill every parameter at random, as weights/draw.py draws it."""
-    fill(chunks, keymap, lambda entry: draw_tensor(entry.name, entry.shape, seed))
+    fill(chunks, keymap, lambda entry: draw_tensor(entry.name, entry.shape, seed, entry.std))
 
 
 def join(entry: Entry, local: Tensor) -> Tensor:
@@ -96,6 +96,4 @@ def freeze(chunks: Iterable[VLM], frozen: Collection[str]) -> None:
         if is_frozen(unit_of(name), frozen):
             parameter.requires_grad_(False)
     for chunk in chunks:
-        chunk.sends_gradient = any(
-            unit.parameters and not is_frozen(unit.name, frozen) for unit in chunk.stage.earlier
-        )
+        chunk.sends_gradient = any(unit.parameters and not is_frozen(unit.name, frozen) for unit in chunk.stage.earlier)

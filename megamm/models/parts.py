@@ -44,7 +44,7 @@ class Parts:
     visions: tuple[VisionPart, ...]
     """As `llms`."""
     projectors: tuple[str, ...] = ("linear", "mlpNx_gelu")
-    """Kinds of projector, as ProjectorOptions calls them; N is any number."""
+    """Kinds of projector in the authors' code, as ProjectorOptions calls them; N is any number."""
 
     def llm_options(self, config: dict[str, Any], name: str = "config.json") -> LlmOptions:
         """Options of a plain decoder's config.json. CheckpointError: none of `llms`."""

@@ -8,13 +8,18 @@ import torch.nn.functional as F
 from megatron.core.activations import quick_gelu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megamm import backend
+from megamm.models.layers.modality_adaptive import (
+    ModalityAdaptiveAttention,
+    ModalityAdaptiveLayer,
+    ModalityAdaptiveNorm,
+)
 from megamm.models.layers.parallel_residual import ParallelResidualLayer
 from megamm.models.options import LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
 from megamm.parallel.placement import Layout
@@ -133,15 +138,16 @@ def vision_config(options: VisionOptions, build: Build) -> TransformerConfig:
 
 
 def projector_config(options: ProjectorOptions, build: Build) -> TransformerConfig:
-    """What the projector's linears read: sizes, dtype, tensor parallelism. It has no layers of its own."""
+    """What the projector's modules read: sizes, dtype, tensor parallelism. It has no layers of megatron-core's."""
     common = {**_common(build), "bias_activation_fusion": False, "pipeline_model_parallel_size": 1}
     for field in ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "variable_seq_lengths", "pipeline_dtype"):
         common.pop(field, None)
     return TransformerConfig(
         **common,
         num_layers=1,
-        hidden_size=options.out_size,
-        num_attention_heads=build.tp,
+        hidden_size=options.in_size if options.num_heads else options.out_size,
+        num_attention_heads=options.num_heads or build.tp,
+        kv_channels=options.head_dim or None,
         sequence_parallel=False,
     )
 
@@ -205,4 +211,36 @@ def layer_spec(attn_mask_type: AttnMaskType, parallel_residual: bool = False) ->
 
 def decoder_layer_spec(options: LlmOptions, layer: int) -> ModuleSpec:
     """Layer number `layer` of a decoder, counted from 0 over all stages."""
+    if options.is_modality_adaptive:
+        return modality_adaptive_layer_spec()
     return layer_spec(AttnMaskType.causal, options.has_parallel_residual)
+
+
+def modality_adaptive_layer_spec() -> ModuleSpec:
+    """A decoder layer with norms, keys and values twice. Its norms are never fused into the linears behind them, for
+    which way a token goes is decided between the two."""
+    layers = backend.current().layers
+    norm = ModuleSpec(module=ModalityAdaptiveNorm, params={"norm": layers.norm})
+    return ModuleSpec(
+        module=ModalityAdaptiveLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=ModalityAdaptiveAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=CrossAttentionSubmodules(
+                    linear_q=layers.column_linear,
+                    linear_kv=layers.column_linear,
+                    core_attention=layers.core_attention,
+                    linear_proj=layers.row_linear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=layers.column_linear, linear_fc2=layers.row_linear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

@@ -17,10 +17,13 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megamm.batch import IMAGE, Batch
+from megamm.models.layers.modality_adaptive import is_visual
 from megamm.models.layers.recompute import keep_gradient_path
 from megamm.models.llm.decoder import Decoder
 from megamm.models.options import VlmOptions
+from megamm.models.projector.abstractor_layers import Abstractor
 from megamm.models.projector.layers import Projector
+from megamm.models.projector.resampler_layers import Resampler
 from megamm.models.spec import PartConfigs
 from megamm.models.vision.vit import VisionTower, select_features
 from megamm.parallel import carry
@@ -42,12 +45,17 @@ class VLM(MegatronModule):
         self.pre_process = not stage.earlier
         self.post_process = not stage.later
         self.vision: VisionTower | None = None
-        self.projector: Projector | None = None
+        self.projector: Projector | Abstractor | Resampler | None = None
         self.llm: Decoder | None = None
         if stage.has("vision.embed") or stage.vision_layers:
             self.vision = VisionTower(options.vision, configs.vision, stage)
         if stage.has("projector"):
-            self.projector = Projector(options.projector, configs.projector)
+            if options.projector.kind == "abstractor":
+                self.projector = Abstractor(options.projector, configs.projector, options.vision.num_features)
+            elif options.projector.num_queries:
+                self.projector = Resampler(options.projector, configs.projector)
+            else:
+                self.projector = Projector(options.projector, configs.projector)
         if stage.has("llm.embed") or stage.llm_layers or stage.has("llm.head"):
             self.llm = Decoder(options.llm, self.config, stage)
         self.sends_gradient = bool(stage.earlier)
@@ -123,10 +131,14 @@ class VLM(MegatronModule):
         x_SBH = keep_gradient_path(x_SBH, self.llm.decoder)
         if not self.llm.pre_process:
             self.llm.set_input_tensor(x_SBH)
+        side: dict[str, Tensor] = {}
+        if self.options.llm.is_modality_adaptive:
+            side["context_mask"] = is_visual(batch)
         return self.llm(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=x_SBH if self.llm.pre_process else None,
             labels=None if keep_logits else batch.targets_BS.clamp(min=0),
+            extra_block_kwargs=side,
         )

@@ -168,9 +168,10 @@ def _interleaving_problems(config: Config, layout: Layout, world_size: int) -> l
 
 def part_sizes(options: VlmOptions) -> dict[str, Sizes]:
     """The sizes that tensor parallelism divides."""
-    vision, llm = options.vision, options.llm
+    vision, projector, llm = options.vision, options.projector, options.llm
     return {
         "vision": Sizes(heads=vision.num_heads, groups=vision.num_heads, ffn=vision.ffn_size),
+        "projector": Sizes(heads=projector.num_heads or None, ffn=projector.ffn_size or None),
         "llm": Sizes(heads=llm.num_heads, groups=llm.num_groups, ffn=llm.ffn_size, vocab=llm.padded_vocab_size),
     }
 

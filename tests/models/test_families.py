@@ -23,7 +23,7 @@ EVERY = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant
 
 def opened(variant: Variant):
     """As an import without --family opens it."""
-    return open_hf(variant.hf, None, list(FAMILIES.values()))
+    return open_hf(variant.hf, variant.tower, list(FAMILIES.values()))
 
 
 @EVERY
@@ -31,13 +31,14 @@ def test_family_and_dialect_are_found_and_the_config_is_written_as_it_was_read(v
     checkpoint = opened(variant)
     assert (checkpoint.info.family, checkpoint.info.dialect) == (variant.family, variant.dialect)
     config = json.loads((variant.hf / "config.json").read_text())
-    written, _ = checkpoint.family.write(checkpoint.options, variant.dialect)
+    written, tower = checkpoint.family.write(checkpoint.options, variant.dialect)
     assert written == config == checkpoint.info.hf_config
+    assert tower == (read_config(variant.tower) if variant.tower else None)
 
 
 @EVERY
 def test_every_tensor_comes_back_bit_for_bit(variant, tmp_path):
-    import_hf(variant.hf, None, list(FAMILIES.values()), tmp_path / "checkpoint")
+    import_hf(variant.hf, variant.tower, list(FAMILIES.values()), tmp_path / "checkpoint")
     assert export_hf(tmp_path / "checkpoint", FAMILIES[variant.family], tmp_path / "back") == variant.dialect
     expected, found = load_file(variant.hf / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert found.keys() == expected.keys()
