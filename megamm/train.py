@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megamm import backend
-from megamm.config.frozen import TEXT_WAY, is_frozen, num_frozen_layers
+from megamm.config.frozen import TEXT_WAY, num_frozen_layers
 from megamm.config.load import parse
 from megamm.config.schema import Config
 from megamm.errors import MegammError
@@ -115,7 +115,7 @@ def memory_bytes(config: Config, found: Plan, stage_number: int) -> float:
     tp, dp, frozen = config.parallel.tp, found.dp, config.train.freeze
     weight_bytes = 4 if config.train.precision == "fp32" else 2
     weights = sum(unit.parameters for unit in stage.units) / tp
-    trained = sum(unit.parameters for unit in stage.units if not is_frozen(unit.name, frozen)) / tp
+    trained = sum(unit.parameters for unit in stage.units if unit.is_trained(frozen)) / tp
     # float32 gradients; the two moments, and a float32 copy of the weights where they are not float32 themselves.
     state = 8 if weight_bytes == 4 else 12
     in_flight = min(found.layout.pp - stage.pp_rank, config.train.global_batch // (config.train.micro_batch * found.dp))

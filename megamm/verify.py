@@ -9,7 +9,7 @@ inputs and outputs of the authors' code: `input_ids`, `labels`, `attention_mask`
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile
@@ -26,6 +26,7 @@ from megamm.data.text import expand
 from megamm.errors import CheckpointError, DataError
 from megamm.inference.greedy import greedy
 from megamm.models.build import build_stages, units
+from megamm.models.layers.visual_words import VisualWords
 from megamm.models.options import VlmOptions
 from megamm.models.parameters import canonical_parameters, fill, join
 from megamm.models.spec import Build
@@ -38,16 +39,21 @@ from megamm.parallel.placement import Layout, choose_layout, parse_layout
 from megamm.registry import FAMILIES, family
 from megamm.training.optim import wrap
 from megamm.training.setup import part_sizes
-from megamm.training.step import fewest_batches, mean_loss, run_pipeline
+from megamm.training.step import fewest_batches, mean_loss, mean_terms, run_pipeline
 from megamm.weights.convert import open_hf
 
 EQUAL = 0.0
 LIMITS = {
     "vision_features": 1e-5,
     "visual_tokens": 1e-5,
+    "visual_words": 1e-5,
+    "pseudo_image_features": 1e-5,
     "layer_outputs": 2e-5,
     "logits": 2e-5,
     "loss": 1e-5,
+    "loss_lm": 1e-5,
+    "vw_kl_stage4": 1e-5,
+    "vw_kl_stage3": 1e-5,
     "expanded_labels": EQUAL,
     "expanded_attention_mask": EQUAL,
     "modality_indicators": EQUAL,
@@ -159,7 +165,7 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
 
     samples = [sample(b, ids_BT[b][mask_BT[b] == 1], labels_BT[b][mask_BT[b] == 1]) for b in range(len(ids_BT))]
     # Nobody takes the tokens of a blank image, and ours are other blanks than the authors'.
-    for name in ("vision_features", "visual_tokens"):
+    for name in ("vision_features", "visual_tokens", "visual_words", "pseudo_image_features"):
         if name in arrays and len(arrays[name]) == len(is_dummy):
             arrays[name] = arrays[name][~is_dummy]
             if is_dummy.all():
@@ -254,8 +260,10 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
         for stage in stages:
             stage.zero_grad_buffer()
         batch = _batch(case.samples, options, build)
+        batches = [batch] * fewest_batches(stages)
         with captured(modules, batch, options) as outputs:
-            loss, _ = mean_loss(run_pipeline(stages, [batch] * fewest_batches(stages)))
+            reduced = run_pipeline(stages, batches)
+        loss, _ = mean_loss(reduced)
         found = {name: value.float().cpu().numpy() for name, value in outputs.items()}
         for name, parameter in canonical_parameters(modules):
             entry = checkpoint.table[name]
@@ -274,6 +282,12 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
             )
             found["greedy_tokens"] = np.array(tokens[0])
         found["loss"] = np.array(loss)
+        if options.has_visual_words:
+            terms = mean_terms(stages, reduced)
+            found |= {"loss_lm": np.array(terms["loss_lm"]), "vw_kl_stage4": np.array(terms["loss_vm"])}
+            with taught_by_the_llm(modules):
+                terms = mean_terms(stages, run_pipeline(stages, batches, forward_only=True))
+            found["vw_kl_stage3"] = np.array(terms["loss_vm"])
         results.append(found if reports else {})
     return results
 
@@ -292,7 +306,8 @@ def _batch(samples: Sequence[Sample], options: VlmOptions, build: Build) -> Batc
 @contextmanager
 def captured(modules: Sequence[VLM], batch: Batch, options: VlmOptions) -> Iterator[dict[str, Tensor]]:
     """Collect, while the body runs one micro-batch, what passes through this rank's modules, whole and batch first:
-    vision_features [I, P, hv], visual_tokens [I, P, H], layer_output.K [B, S, H], logits [B, S, V]."""
+    vision_features [I, P, hv], visual_tokens [I, P, H], layer_output.K [B, S, H], logits [B, S, V], and where the model
+    has them visual_words [I, P, V] and pseudo_image_features [I, P, H]."""
     found: dict[str, Tensor] = {}
     hooks = []
 
@@ -312,7 +327,22 @@ def captured(modules: Sequence[VLM], batch: Batch, options: VlmOptions) -> Itera
         logits_SBV = torch.cat(gather_over_tp(output[0].detach()), dim=-1)
         found["logits"] = logits_SBV[..., : options.llm.vocab_size].transpose(0, 1).cpu()
 
+    def on_words(words: VisualWords, args: tuple[Tensor, ...], _: Tensor) -> None:
+        num_rows = batch.num_images * options.tokens_per_image  # behind them only what fills up the slices
+        with torch.no_grad():
+            words_RV = torch.cat(gather_over_tp(words.log_words(args[0][:num_rows]).exp()), dim=-1)
+        words_RV = words_RV[:, : options.llm.vocab_size]
+        if num_rows:
+            found["visual_words"] = words_RV.unflatten(0, (batch.num_images, -1)).cpu()
+
+    def on_pseudo_features(_: torch.nn.Module, __: Any, output: Tensor) -> None:
+        if batch.num_images:
+            keep("pseudo_image_features", output)
+
     for module in modules:
+        if module.words is not None:
+            hooks.append(module.words.register_forward_hook(on_words))
+            hooks.append(module.words.pseudo_features.register_forward_hook(on_pseudo_features))
         if module.projector is not None:
             hooks.append(module.projector.register_forward_hook(on_projector))
         if module.llm is not None:
@@ -324,6 +354,19 @@ def captured(modules: Sequence[VLM], batch: Batch, options: VlmOptions) -> Itera
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def taught_by_the_llm(modules: Sequence[VLM]) -> Iterator[None]:
+    """While the body runs, the divergence of visual words is the other way round."""
+    losses = [module.loss for module in modules]
+    for module in modules:
+        module.loss = replace(module.loss, teacher="llm")
+    try:
+        yield
+    finally:
+        for module, loss in zip(modules, losses, strict=True):
+            module.loss = loss
 
 
 def outputs_of(case: Case, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

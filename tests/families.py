@@ -13,11 +13,13 @@ class Variant:
     path: str
     """FAMILY/VARIANT in tests/golden."""
     dialect: str
+    named: str | None = None
+    """Its family, where that must be named."""
 
     @property
     def family(self) -> str:
         """Name in the registry."""
-        return self.path.split("/")[0]
+        return self.named or self.path.split("/")[0]
 
     @property
     def hf(self) -> Path:
@@ -46,4 +48,7 @@ VARIANTS = [
     Variant("tinyllava/tinyllama", "original"),
     Variant("tinyllava/factory_phi2", "factory"),
     Variant("tinyllava/factory_qwen2", "factory"),
+    Variant("vw_lmm/llama", "original"),
+    Variant("vw_lmm/mistral", "original"),
+    Variant("vw_lmm/pif", "original", named="vw_lmm_pif"),
 ]

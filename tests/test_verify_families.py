@@ -12,7 +12,8 @@ LAYOUTS = [dict(), dict(tp=2, **SP), dict(pp=2), dict(tp=2, pp=2, **SP), dict(tp
 
 
 def request(variant, **layout):
-    return Request(hf=str(variant.hf), tower=str(variant.tower) if variant.tower else None, **layout)
+    tower = str(variant.tower) if variant.tower else None
+    return Request(hf=str(variant.hf), tower=tower, family=variant.named, **layout)
 
 
 def check(variant, layout, pool):

@@ -20,7 +20,7 @@ def build_stages(options: VlmOptions, build: Build, table: KeyMap) -> list[VLM]:
     """
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     configs = PartConfigs.of(options, build)
-    stages = [VLM(options, configs, build.layout.stage(pp_rank, k)) for k in range(build.layout.virtual)]
+    stages = [VLM(options, configs, build.layout.stage(pp_rank, k), build.loss) for k in range(build.layout.virtual)]
     stages = [stage.to(backend.current().device) for stage in stages]
     mark_partitions(stages, table)
     return stages
@@ -107,7 +107,17 @@ def units(
     head_norm = t.hidden_size * (1 + (t.norm == "LayerNorm"))
     own = head_norm + t.padded_vocab_size * t.has_head_bias + vocabulary * (not t.has_tied_embeddings)
     out.append(Unit("llm.head", 2 * vocabulary * num_tokens, own, int(head_kept * num_tokens * bytes_per_value)))
-    return out
+    if not options.has_visual_words:
+        return out
+    # vm_head, and the llm's head or embedding beside it, for every visual token. One copy of the weight counts.
+    home = "llm.embed" if options.has_pseudo_features else "llm.head"
+    flops = 4.0 * vocabulary * visual_tokens
+    return [
+        replace(u, flops=u.flops + flops, parameters=u.parameters + vocabulary * (u.name == home), guests=("words",))
+        if options.reads_words(u.name)
+        else u
+        for u in out
+    ]
 
 
 def _abstractor(p: ProjectorOptions, num_features: int, num_images: float, bytes_per_value: int) -> Unit:

@@ -164,6 +164,11 @@ class VlmOptions:
     max_tokens: int | None = None
     """Tokens at which the authors' code cuts a sequence, visual ones counted, where config.json says it: may be more
     than the positions that the llm was made for. None: at these."""
+    has_visual_words: bool = False
+    """Whether a head gives each visual token a distribution over the vocabulary, with which training compares what the
+    llm predicts there (models/layers/visual_words.py)."""
+    has_pseudo_features: bool = False
+    """Whether the llm reads, instead of a visual token, the mean embedding under its visual words."""
     hf: dict[str, Any] = field(default_factory=dict, repr=False)
     """The config.json that these options were read from, word for word."""
     tower_hf: dict[str, Any] | None = field(default=None, repr=False)
@@ -171,5 +176,16 @@ class VlmOptions:
 
     def reads_features(self, unit: str) -> bool:
         """Whether that unit of the llm reads the visual tokens, beside the hidden states that they were placed in."""
+        if self.has_visual_words and unit == "llm.head":
+            return True
         hyper = self.llm.hyper
         return hyper is not None and unit in {f"llm.layer.{layer}" for layer in hyper.layers}
+
+    def reads_words(self, unit: str) -> bool:
+        """Whether that unit of the llm computes with the head of visual words."""
+        return self.has_visual_words and (unit == "llm.head" or (self.has_pseudo_features and unit == "llm.embed"))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that the model has, of `PARTS` in megamm/config/schema.py."""
+        return ("vision", "projector", "llm") + ("words",) * self.has_visual_words

@@ -78,9 +78,10 @@ def join(entry: Entry, local: Tensor) -> Tensor:
 
 
 def unit_of(name: str) -> str:
-    """The unit of the flat list to which the parameter of a canonical name belongs."""
+    """The unit of the flat list to which the parameter of a canonical name belongs; `words`, which has none of its own,
+    is a guest in others."""
     part, *rest = name.split(".")
-    if part == "projector":
+    if part in ("projector", "words"):
         return part
     if "layers" in rest:
         return f"{part}.layer.{rest[rest.index('layers') + 1]}"
@@ -98,4 +99,4 @@ def freeze(chunks: Iterable[VLM], frozen: Collection[str]) -> None:
         if is_frozen(unit_of(name), frozen) or (TEXT_WAY in frozen and is_text_way):
             parameter.requires_grad_(False)
     for chunk in chunks:
-        chunk.sends_gradient = any(unit.parameters and not is_frozen(unit.name, frozen) for unit in chunk.stage.earlier)
+        chunk.sends_gradient = any(unit.is_trained(frozen) for unit in chunk.stage.earlier)

@@ -1,6 +1,6 @@
 """From our options and the backend to megatron-core's TransformerConfig and layer specs, the one caller of these."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megamm import backend
+from megamm.config.schema import Loss
 from megamm.models.layers.hyper_attention import HyperAttention, HyperAttentionSubmodules, HyperLayer
 from megamm.models.layers.modality_adaptive import (
     ModalityAdaptiveAttention,
@@ -35,6 +36,7 @@ class Build:
     layout: Layout
     precision: backend.Precision = "fp32"
     recompute: Literal["none", "full"] = "none"
+    loss: Loss = field(default_factory=Loss)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,8 +143,8 @@ def vision_config(options: VisionOptions, build: Build) -> TransformerConfig:
 def projector_config(options: ProjectorOptions, build: Build) -> TransformerConfig:
     """What the projector's modules read: sizes, dtype, tensor parallelism. It has no layers of megatron-core's."""
     common = {**_common(build), "bias_activation_fusion": False, "pipeline_model_parallel_size": 1}
-    for field in ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "variable_seq_lengths", "pipeline_dtype"):
-        common.pop(field, None)
+    for name in ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "variable_seq_lengths", "pipeline_dtype"):
+        common.pop(name, None)
     return TransformerConfig(
         **common,
         num_layers=1,

@@ -39,11 +39,17 @@ class Unit:
     """Weights, over all tensor parallel ranks."""
     activation_bytes: int
     """Bytes kept from the forward to the backward pass of one micro-batch, over all tensor parallel ranks."""
+    guests: tuple[str, ...] = ()
+    """Further parts that have weights in this unit."""
 
     @property
     def part(self) -> str:
         """The part of the model it belongs to: vision, projector or llm."""
         return self.name.split(".")[0]
+
+    def is_trained(self, frozen: Collection[str]) -> bool:
+        """Whether it has weights that `frozen`, as `train.freeze` says it, leaves to train."""
+        return bool(self.parameters) and not all(is_frozen(name, frozen) for name in (self.name, *self.guests))
 
     @property
     def symbol(self) -> str:
@@ -153,7 +159,7 @@ def step_flops(units: Sequence[Unit], frozen: Collection[str], recompute: bool =
     costs = []
     trained_before = False
     for unit in units:
-        trained = bool(unit.parameters) and not is_frozen(unit.name, frozen)
+        trained = unit.is_trained(frozen)
         passes = trained + trained_before
         costs.append(unit.flops * (1 + passes + (recompute and passes > 0)))
         trained_before = trained_before or trained

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from megamm.config.check import find_problems
 from megamm.config.frozen import TEXT_WAY, num_frozen_layers
-from megamm.config.schema import Checkpoint, Config, Data
+from megamm.config.schema import PARTS, Checkpoint, Config, Data, Loss
 from megamm.data.image import ImageFormat
 from megamm.data.indexed import Reader
 from megamm.data.tokenizer_files import tokenizer_hash
@@ -62,6 +62,7 @@ class Plan:
             layout=self.layout,
             precision=config.train.precision,
             recompute=config.train.recompute,
+            loss=config.loss,
         )
 
     def flops(self, config: Config, num_tokens: float, num_images: float, seq_length: float) -> float:
@@ -111,6 +112,7 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
         problems += of_sizes
         if not of_config and not of_sizes:
             problems += _interleaving_problems(config, choose_layout(config.parallel, names_only), world_size)
+    problems += _part_problems(config, options)
     if config.data.max_tokens > (longest := max(options.llm.max_positions, options.max_tokens or 0)):
         problems.append(
             f"data.max_tokens={config.data.max_tokens}: the model was made for {longest} positions; give at most that"
@@ -153,6 +155,25 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
         num_samples=num_samples,
         num_steps=config.train.steps or by_epochs,
     )
+
+
+def _part_problems(config: Config, options: VlmOptions) -> list[str]:
+    """Whether what is frozen and minimised is something that the model has."""
+    family, freeze = options.family, config.train.freeze
+    problems = []
+    if strangers := [part for part in freeze if part in PARTS and part not in options.parts]:
+        problems.append(
+            f"train.freeze={', '.join(strangers)}: family {family} has none; its parts are {', '.join(options.parts)}"
+        )
+    if set(options.parts) <= set(freeze):
+        problems.append(f"train.freeze={', '.join(freeze)} leaves nothing to train; leave out one of them")
+    if not options.has_visual_words and config.loss != Loss():
+        changed = [f.name for f in fields(Loss) if getattr(config.loss, f.name) != getattr(Loss(), f.name)]
+        problems.append(
+            f"loss.{', loss.'.join(changed)}: family {family} has no visual words, so there is one term only; leave "
+            "these out"
+        )
+    return problems
 
 
 def _interleaving_problems(config: Config, layout: Layout, world_size: int) -> list[str]:

@@ -233,9 +233,7 @@ def _open_as(
     _check_shapes(table, source.infos)
     info = CheckpointInfo(family=family.name, dialect=dialect, hf_config=config, tower_config=tower_config)
     copies = {name: other for name, other in copies.items() if not source.infos.keys() >= set(table[name].hf)}
-    return HfCheckpoint(
-        family=family, info=info, options=options, table=table, source=source, duplicated=copies
-    )
+    return HfCheckpoint(family=family, info=info, options=options, table=table, source=source, duplicated=copies)
 
 
 def _check_shapes(table: KeyMap, infos: Mapping[str, TensorInfo]) -> None:

@@ -66,6 +66,12 @@ class Decoder(GPTModel):
         is_copy = self.share_embeddings_and_output_weights and self.pre_process != self.post_process
         return self.shared_embedding_or_output_weight() if is_copy else None
 
+    @property
+    def head_weight(self) -> torch.nn.Parameter:
+        """This rank's rows of the head, whether it has a matrix of its own or the embedding's."""
+        is_tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight
+
     def _silence_padding(self, _: torch.nn.Module, __: tuple, output: tuple[Tensor, Tensor | None]) -> None:
         """Padded vocabulary rows must not enter a softmax: their logits become -inf, their gradient zero."""
         output[0][..., self._num_real_columns :] = -torch.inf
