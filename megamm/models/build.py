@@ -5,6 +5,7 @@ from dataclasses import replace
 from megatron.core import parallel_state
 
 from megamm import backend
+from megamm.config.frozen import VISUAL
 from megamm.models.options import ProjectorOptions, VlmOptions
 from megamm.models.parameters import mark_partitions
 from megamm.models.spec import Build, PartConfigs
@@ -89,6 +90,8 @@ def units(
         )
         for i in range(t.num_layers)
     ]
+    if t.is_modality_adaptive:
+        out = [replace(u, guests=(f"{u.name}.{VISUAL}",)) if u.name.startswith("llm.layer.") else u for u in out]
     if t.hyper is not None:
         # Every token sees all pictures of its own sequence, which mostly come first.
         image_kv, seen_pairs = 2 * kv_size * t.hidden_size, visual_tokens * seq_length
@@ -101,6 +104,7 @@ def units(
                     parameters=plain.parameters + image_kv + 2 * kv_size + gate,
                     activation_bytes=plain.activation_bytes
                     + int((t.hidden_size + 2 * kv_size) * visual_tokens * bytes_per_value),
+                    guests=(f"{plain.name}.{VISUAL}",),
                 )
     # The logits are kept in float32, and once more as softmax.
     head_kept = t.hidden_size + 8 / bytes_per_value * t.padded_vocab_size

@@ -165,7 +165,7 @@ class VLM(MegatronModule):
         if not self.llm.pre_process:
             self.llm.set_input_tensor(x_SBH)
         side: dict[str, Tensor] = {}
-        if self._reads_features:
+        if self.options.llm.hyper is not None and self._reads_features:
             assert features_R1H is not None
             side = {"context": features_R1H, "context_mask": batch.starts_BM}
         elif self.options.llm.is_modality_adaptive:
