@@ -7,8 +7,9 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -26,6 +27,8 @@ from rich.text import Text
 from megamm.data.indexed import Writer
 from megamm.data.prepare import Document, Preparer, Recipe, count_faults, prepare
 from megamm.data.sources import Fault, LlavaSource
+from megamm.data.tokenizer import Tokenizer
+from megamm.data.views import ViewRules
 from megamm.errors import DataError, MegammError
 
 
@@ -46,6 +49,19 @@ class Options:
     """Prefix of the files to write."""
     template: str | None = None
     """Conversation format; default: the family's for sft. `plain` is the one for pretraining the projector."""
+    marker: str | None = None
+    """Text that stands for a picture in the conversations; default: the family's. LLaVA's files have `<image>`."""
+    cut: Literal["none", "single", "all"] = "none"
+    """Which still pictures are cut into tiles, for a template that keeps markers in place: none, the only one of a
+    sample (mPLUG-Owl3 until October 2024 was trained so), or all (since)."""
+    view_text: Literal["v2", "v3"] = "v2"
+    """How tiles and video frames are announced: as mPLUG-Owl3 did until October 2024, or since."""
+    tile_size: int = 384
+    """Side of a tile in pixels: the image_size of the model's vision_config."""
+    max_frames: int = 16
+    """Frames of a video: one a second, at most so many."""
+    max_views: int | None = None
+    """Pictures of a sample, tiles and frames counted; samples with more are skipped. Default: no limit."""
     workers: int = 1
     """Processes. The output does not depend on it."""
     max_bad: float = 0.01
@@ -56,6 +72,9 @@ def main(options: Options) -> None:
     """Write the dataset. Raises MegammError where it cannot be, or where too many samples are bad."""
     if not 0 <= options.max_bad <= 1:
         raise DataError(f"--max-bad: {options.max_bad} is no share; give a number from 0 to 1")
+    for name, value in (("tile-size", options.tile_size), ("max-frames", options.max_frames)):
+        if value < 1:
+            raise DataError(f"--{name}: {value} is too small; give 1 or more")
     from megamm.registry import family  # imports megatron, which the processes of --workers never need
 
     model = family(options.family)
@@ -63,7 +82,14 @@ def main(options: Options) -> None:
         image_dir=options.image_dir,
         tokenizer_dir=options.tokenizer,
         template=options.template or model.template,
-        marker=model.marker,
+        marker=options.marker or model.marker,
+        views=ViewRules(
+            cut=options.cut,
+            text=options.view_text,
+            tile_size=options.tile_size,
+            max_frames=options.max_frames,
+            max_views=options.max_views,
+        ),
     )
     tokenizer = Preparer(recipe).tokenizer  # also says now, and not in some process later, what does not fit
     source = LlavaSource(options.input)
@@ -86,6 +112,7 @@ def main(options: Options) -> None:
                 "template": recipe.template,
                 "tokenizer": {"file": tokenizer.name, "hash": tokenizer.hash},
                 "skipped": skipped,
+                **_of_views(recipe, model.placeholder, tokenizer),
             }
         )
     console.print(
@@ -93,6 +120,13 @@ def main(options: Options) -> None:
         f"({info['targets']} targets), {info['bin_bytes'] / 1e6:.1f} MB; skipped {_summary(skipped)}",
         soft_wrap=True,
     )
+
+
+def _of_views(recipe: Recipe, placeholder: str | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the loader must know where a family's visual tokens are no part of the sequence."""
+    if placeholder is None:
+        return {}
+    return {"placeholder": tokenizer.encode(placeholder, bos=False), "views": asdict(recipe.views)}
 
 
 def _check_share(bad: int, total: int, options: Options, skipped: dict[str, int]) -> None:

@@ -3,7 +3,7 @@
 `verify` starts local ranks once, loads the checkpoint straight into the model at that layout, runs every case with
 everything trainable through the training step's own schedule, and compares array by array. A case is an .npz with the
 inputs and outputs of the authors' code: `input_ids`, `labels`, `attention_mask`, `pixel_values`, `image_row`,
-`image_is_dummy`, and outputs under the names of `LIMITS`.
+`image_is_dummy`, `media_offset` where pictures stand beside the sequence, and outputs under the names of `LIMITS`.
 """
 
 import json
@@ -142,19 +142,25 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
             f"--case {path}: not a verification case ({error}); megamm/verify.py says what one holds"
         ) from error
 
+    starts = _starts(arrays) if options.llm.hyper is not None else None
+
     def sample(b: int, ids: np.ndarray, labels: np.ndarray) -> Sample:
         if frames is not None:  # every frame becomes an image of its own, one behind the other
             first, is_slot = int((ids_BT[:b] == IMAGE).sum()), ids == IMAGE
             repeats = np.ones_like(ids)
             repeats[is_slot] = frames[first : first + is_slot.sum()]
             ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
-        ids, labels, num_images = _expanded(ids, labels, options)
         own = pixels[(rows == b) & ~is_dummy]
+        if starts is None:
+            ids, labels, num_images = _expanded(ids, labels, options)
+        else:
+            num_images = int(np.count_nonzero(starts[b] < len(ids)))
         return Sample(
             ids_S=torch.from_numpy(ids),
             labels_S=torch.from_numpy(labels),
             pixels_I3HW=torch.from_numpy(own[:num_images].copy()),
             num_images=num_images,
+            starts_I=None if starts is None else torch.from_numpy(starts[b][:num_images]),
         )
 
     samples = [sample(b, ids_BT[b][mask_BT[b] == 1], labels_BT[b][mask_BT[b] == 1]) for b in range(len(ids_BT))]
@@ -171,12 +177,28 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
     return Case(name=Path(path).stem, samples=samples, expected=arrays, prompt=prompt)
 
 
+def _starts(arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Where the placeholder of each picture begins, int64, row by row. A case says it by `media_offset`: [B, T, 2] with
+    the range of pictures that each token sees, the first behind a placeholder's first; or the starts of all rows one
+    after the other, `media_offset_count` of each row."""
+    num_rows = len(arrays["input_ids"])
+    if "media_offset" not in arrays:
+        return [np.empty(0, dtype=np.int64)] * num_rows
+    offset = arrays["media_offset"]
+    if offset.ndim == 1:
+        return np.split(offset, np.cumsum(arrays["media_offset_count"])[:-1])
+    num_seen_BT = offset[:, :, 1] - offset[:, :, 0]
+    return [np.flatnonzero(np.diff(num_seen)) for num_seen in num_seen_BT]
+
+
 def _expanded(ids: np.ndarray, labels: np.ndarray, options: VlmOptions) -> tuple[np.ndarray, np.ndarray, int]:
     """One IMAGE per visual token, whether the case has one id per image or, as transformers does, one per token."""
     per_image = options.tokens_per_image
     if (ids == IMAGE).any() or options.image_token_id is None:
         spans = np.array([(i, i + 1) for i in np.flatnonzero(labels != IGNORE)]).reshape(-1, 2)
-        return expand(ids, spans, per_image, max_tokens=options.max_tokens or options.llm.max_positions)
+        max_tokens = options.max_tokens or options.llm.max_positions
+        ids, labels, starts = expand(ids, spans, per_image, max_tokens)
+        return ids, labels, len(starts)
     is_image = ids == options.image_token_id
     return np.where(is_image, IMAGE, ids), np.where(is_image, IGNORE, labels), int(is_image.sum()) // per_image
 

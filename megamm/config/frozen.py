@@ -5,13 +5,16 @@ from collections.abc import Collection
 
 from megamm.config.schema import PARTS
 
-LEGAL = f"{', '.join(PARTS)}, vision[:N] or llm[:N] with N of 1 or more"
+TEXT_WAY = "llm.text"
+"""Of an llm that has weights for visual tokens only all but these."""
+VISUAL = "visual"
+LEGAL = f"{', '.join(PARTS)}, vision[:N] or llm[:N] with N of 1 or more, {TEXT_WAY}"
 _BEGINNING = re.compile(r"(vision|llm)\[:([1-9]\d*)\]")
 
 
 def is_legal(item: str) -> bool:
     """Whether it is one of `LEGAL`."""
-    return item in PARTS or _BEGINNING.fullmatch(item) is not None
+    return item in PARTS or item == TEXT_WAY or _BEGINNING.fullmatch(item) is not None
 
 
 def num_frozen_layers(part: str, freeze: Collection[str]) -> int:
@@ -21,9 +24,10 @@ def num_frozen_layers(part: str, freeze: Collection[str]) -> int:
 
 
 def is_frozen(unit: str, freeze: Collection[str]) -> bool:
-    """Whether the unit of that name, such as `vision.embed` or `llm.layer.3`, is not trained."""
+    """Whether the unit of that name, such as `vision.embed` or `llm.layer.3`, is not trained; `.visual` behind the name
+    means the weights for visual tokens only, where it has such, and without it the others."""
     part, *rest = unit.split(".")
-    if part in freeze:
+    if part in freeze or (TEXT_WAY in freeze and part == "llm" and rest[-1] != VISUAL):
         return True
     first = num_frozen_layers(part, freeze)
     return first > 0 and (rest[0] == "embed" or (rest[0] == "layer" and int(rest[1]) < first))

@@ -6,9 +6,12 @@ REASONS: dict[str, str] = {
     "bad_record": "not a LLaVA record: an object with `conversations`, a list of {from, value}, and perhaps `image`",
     "bad_roles": "turns do not alternate between human and gpt",
     "no_answer": "a question without an answer, or with an empty one",
-    "marker_count": "another number of <image> markers than pictures, after every turn's markers were made one",
-    "image_outside": "the picture's path leads out of the image directory",
-    "image_missing": "no such picture file",
+    "marker_count": "another number of <image> or <video> markers than pictures or videos, after every turn's markers "
+    "were made one where the template does so",
+    "image_outside": "the path of the picture or video leads out of the image directory",
+    "image_missing": "no such picture or video file",
+    "too_many_views": "more pictures, tiles and frames than allowed",
+    "video_broken": "no frame of the video can be decoded",
     "image_broken": "the picture is empty, truncated, too large or of no known format",
 }
 """Every reason, as it is counted in PREFIX.json and listed in PREFIX.skipped.jsonl, with what it means."""

@@ -4,18 +4,20 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from megamm.data.faults import SampleFault
-from megamm.data.image import verify
+from megamm.data.image import picture_size, verify
 from megamm.data.sources import Fault, Record, read_image
 from megamm.data.template import template
 from megamm.data.text import tokenise
 from megamm.data.tokenizer import load_tokenizer
+from megamm.data.views import ViewRules, lay_out
 from megamm.errors import DataError
 
 CHUNK = 16
@@ -30,6 +32,7 @@ class Recipe:
     tokenizer_dir: Path
     template: str
     marker: str
+    views: ViewRules = field(default_factory=ViewRules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,9 @@ class Document:
 
     ids: np.ndarray
     """int32 [T]; one IMAGE per picture."""
-    images: list[bytes]
-    """Compressed pictures, as their files have them; each has been decoded once to see that it can be."""
+    images: list[bytes | None]
+    """Compressed pictures, as their files have them; each has been decoded once to see that it can be. None: one more
+    view of the picture before."""
     spans: np.ndarray
     """int32 [N, 2]; target spans over `ids`."""
 
@@ -54,6 +58,9 @@ class Preparer:
         self._template.check(self.tokenizer)
         self._image_dir = recipe.image_dir.resolve()
         self._marker = recipe.marker
+        self._views = recipe.views
+        if recipe.views.cut != "none" and not self._template.keeps_markers:
+            raise DataError(f"--cut: template {recipe.template} has no form for tiles; use --cut none")
         if not self._image_dir.is_dir():
             raise DataError(f"{recipe.image_dir}: no such directory; --image-dir is where the pictures' paths begin")
 
@@ -62,16 +69,45 @@ class Preparer:
         if isinstance(record, Fault):
             return record
         try:
+            if self._template.keeps_markers:
+                return self._with_views(record)
+            if record.videos:
+                raise SampleFault("bad_record", "a video, which this template has no form for")
             ids, spans = tokenise(record.turns, len(record.images), self._template, self.tokenizer, self._marker)
-            images = [read_image(self._image_dir, name) for name in record.images]
-            for name, image in zip(record.images, images, strict=True):
-                try:
-                    verify(image)
-                except SampleFault as fault:
-                    raise SampleFault(fault.reason, f"{name}: {fault.detail}") from fault
+            images: list[bytes | None] = [self._picture(name) for name in record.images]
+            return Document(ids, images, spans)
         except SampleFault as fault:
             return Fault(record.where, fault)
-        return Document(ids, images, spans)
+
+    def _with_views(self, record: Record) -> Document:
+        pictures = [self._picture(name) for name in record.images]
+        images = [(picture, picture_size(picture)) for picture in pictures]
+        videos = [self._frames(name) for name in record.videos]
+        turns, views = lay_out(record.turns, images, videos, self._views, self._marker)
+        ids, spans = tokenise(turns, len(views), self._template, self.tokenizer, self._marker)
+        return Document(ids, views, spans)
+
+    def _picture(self, name: str) -> bytes:
+        image = read_image(self._image_dir, name)
+        with _named(name):
+            verify(image)
+        return image
+
+    def _frames(self, name: str) -> list[bytes]:
+        from megamm.data.video import read_frames  # ffmpeg's libraries, for those who have videos
+
+        content = read_image(self._image_dir, name)
+        with _named(name):
+            return read_frames(content, self._views.max_frames)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A fault in the block says which file has it."""
+    try:
+        yield
+    except SampleFault as fault:
+        raise SampleFault(fault.reason, f"{name}: {fault.detail}") from fault
 
 
 def prepare(records: Iterable[Record | Fault], recipe: Recipe, workers: int) -> Iterator[Document | Fault]:

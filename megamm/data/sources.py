@@ -4,7 +4,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Record:
     images: list[str]
     """Paths relative to the image directory, in order; empty for text alone."""
     turns: list[Turn]
+    videos: list[str] = field(default_factory=list)
+    """Paths like those of `images`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,8 @@ class LlavaSource:
 
 
 def read_image(directory: Path, name: str) -> bytes:
-    """Content of the picture `name` under `directory`, which must be resolved. Links are followed, but never out of it.
+    """Content of the picture or video `name` under `directory`, which must be resolved. Links are followed, but never
+    out of it.
 
     Raises SampleFault (image_outside, image_missing).
     """
@@ -96,16 +99,19 @@ def read_image(directory: Path, name: str) -> bytes:
 def _record(where: str, item: Any) -> Record:
     if not isinstance(item, dict):
         raise SampleFault("bad_record", f"found a {type(item).__name__}")
-    conversation, image = item.get("conversations"), item.get("image")
-    images = [] if image in (None, "") else image if isinstance(image, list) else [image]
+    conversation = item.get("conversations")
+    images, videos = (
+        [] if paths in (None, "") else paths if isinstance(paths, list) else [paths]
+        for paths in (item.get("image"), item.get("video"))
+    )
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
         raise SampleFault("bad_record", "`conversations` is not a list of objects")
     turns = [(turn.get("from"), turn.get("value")) for turn in conversation]
-    for value in [*images, *(value for turn in turns for value in turn)]:
+    for value in [*images, *videos, *(value for turn in turns for value in turn)]:
         if not isinstance(value, str):
-            raise SampleFault("bad_record", f"`image`, `from` or `value` is {value!r}, not a string")
+            raise SampleFault("bad_record", f"`image`, `video`, `from` or `value` is {value!r}, not a string")
         try:
             value.encode()
         except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell and no tokenizer can read
             raise SampleFault("bad_record", f"not valid Unicode: {error}") from error
-    return Record(where=where, id=str(item.get("id", "")), images=images, turns=turns)
+    return Record(where=where, id=str(item.get("id", "")), images=images, turns=turns, videos=videos)

@@ -74,6 +74,23 @@ class ProjectorOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HyperOptions:
+    """Decoder layers that read the visual tokens themselves, which then are no part of the sequence."""
+
+    layers: tuple[int, ...]
+    """Their numbers, counted from 0."""
+    kind: Literal["gated", "joint"]
+    """Two attentions and a learned gate between them, or one softmax over visual tokens and text."""
+    tokens_per_image: int
+    """Visual tokens of one picture."""
+
+    @property
+    def delay(self) -> int:
+        """Tokens between a picture's first and the first token that sees the picture."""
+        return int(self.kind == "gated")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LlmOptions:
     """A decoder."""
 
@@ -106,6 +123,8 @@ class LlmOptions:
     """Whether attention and MLP read the same norm of the layer's input, and both are added to it."""
     is_modality_adaptive: bool = False
     """Whether visual tokens have norms, keys and values of their own (models/layers/modality_adaptive.py)."""
+    hyper: HyperOptions | None = None
+    """None: visual tokens are placed in the sequence, and no layer reads them beside it."""
     model_type: str = "llama"
     """`model_type` of a plain decoder of this architecture: which file of models/llm/ it is."""
 
@@ -157,7 +176,10 @@ class VlmOptions:
 
     def reads_features(self, unit: str) -> bool:
         """Whether that unit of the llm reads the visual tokens, beside the hidden states that they were placed in."""
-        return self.has_visual_words and unit == "llm.head"
+        if self.has_visual_words and unit == "llm.head":
+            return True
+        hyper = self.llm.hyper
+        return hyper is not None and unit in {f"llm.layer.{layer}" for layer in hyper.layers}
 
     def reads_words(self, unit: str) -> bool:
         """Whether that unit of the llm computes with the head of visual words."""

@@ -1,6 +1,6 @@
 """From our options and the backend to megatron-core's TransformerConfig and layer specs, the one caller of these."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,13 +16,14 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from megamm import backend
 from megamm.config.schema import Loss
+from megamm.models.layers.hyper_attention import HyperAttention, HyperAttentionSubmodules, HyperLayer
 from megamm.models.layers.modality_adaptive import (
     ModalityAdaptiveAttention,
     ModalityAdaptiveLayer,
     ModalityAdaptiveNorm,
 )
 from megamm.models.layers.parallel_residual import ParallelResidualLayer
-from megamm.models.options import LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
+from megamm.models.options import HyperOptions, LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
 from megamm.parallel.placement import Layout
 
 
@@ -215,7 +216,36 @@ def decoder_layer_spec(options: LlmOptions, layer: int) -> ModuleSpec:
     """Layer number `layer` of a decoder, counted from 0 over all stages."""
     if options.is_modality_adaptive:
         return modality_adaptive_layer_spec()
-    return layer_spec(AttnMaskType.causal, options.has_parallel_residual)
+    spec = layer_spec(AttnMaskType.causal, options.has_parallel_residual)
+    if options.hyper is None or layer not in options.hyper.layers:
+        return spec
+    return hyper_layer_spec(spec, options.hyper)
+
+
+def hyper_layer_spec(spec: ModuleSpec, hyper: HyperOptions) -> ModuleSpec:
+    """The layer of `spec`, made to read the visual tokens, too. Its first norm stands alone on every backend: text and
+    visual tokens go through it on their way to two linears."""
+    layers = backend.current().layers
+    attention = HyperAttentionSubmodules(
+        linear_qkv=layers.column_linear,
+        core_attention=layers.core_attention,
+        linear_proj=layers.row_linear,
+        linear_image_kv=layers.column_linear,
+    )
+    first_norm = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return ModuleSpec(
+        module=HyperLayer,
+        submodules=replace(
+            spec.submodules,
+            input_layernorm=layers.norm,
+            self_attention=ModuleSpec(
+                module=HyperAttention,
+                params={"attn_mask_type": AttnMaskType.causal, "hyper": hyper},
+                submodules=attention,
+            ),
+            sharded_state_dict_keys_map=spec.submodules.sharded_state_dict_keys_map | first_norm,
+        ),
+    )
 
 
 def modality_adaptive_layer_spec() -> ModuleSpec:

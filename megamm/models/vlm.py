@@ -164,7 +164,10 @@ class VLM(MegatronModule):
         if not self.llm.pre_process:
             self.llm.set_input_tensor(x_SBH)
         side: dict[str, Tensor] = {}
-        if self.options.llm.is_modality_adaptive:
+        if self.options.llm.hyper is not None and self._reads_features:
+            assert features_R1H is not None
+            side = {"context": features_R1H, "context_mask": batch.starts_BM}
+        elif self.options.llm.is_modality_adaptive:
             side["context_mask"] = is_visual(batch)
         arguments: dict[str, Any] = dict(
             input_ids=None,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megamm.config.check import find_problems
-from megamm.config.frozen import num_frozen_layers
+from megamm.config.frozen import TEXT_WAY, num_frozen_layers
 from megamm.config.schema import PARTS, Checkpoint, Config, Data, Loss
 from megamm.data.image import ImageFormat
 from megamm.data.indexed import Reader
@@ -120,6 +120,8 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
     for part, layers in (("vision", options.vision.num_layers), ("llm", options.llm.num_layers)):
         if (first := num_frozen_layers(part, config.train.freeze)) > layers:
             problems.append(f"train.freeze={part}[:{first}]: the {part} has {layers} layers; give at most {layers}")
+    if TEXT_WAY in config.train.freeze and not options.llm.is_modality_adaptive and options.llm.hyper is None:
+        problems.append(f"train.freeze={TEXT_WAY}: this llm has no weights for visual tokens only; give llm instead")
     for name, reader in readers.items():
         problems += _data_problems(name, reader, model)
     if resumed is not None and config.checkpoint.resume:
@@ -299,5 +301,7 @@ def _mean_sample(options: VlmOptions, data: Data, reader: Reader | None) -> tupl
     """Mean tokens, after the cut, and mean images of a sample; without data a full sequence with one picture."""
     if reader is None or not len(reader):
         return float(data.max_tokens), 1.0
-    tokens = reader.num_ids + reader.num_images * (options.tokens_per_image - 1)
+    placeholder = reader.info.get("placeholder")
+    per_image = options.tokens_per_image if placeholder is None else len(placeholder)
+    tokens = reader.num_ids + reader.num_images * (per_image - 1)
     return float(np.minimum(tokens, data.max_tokens).mean()), float(reader.num_images.mean())

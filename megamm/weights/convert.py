@@ -5,7 +5,7 @@ Tables come from a family, which is passed in; this file names none.
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +54,8 @@ class FamilyTables(Protocol):
     def write(self) -> Callable[[Any, str], tuple[dict[str, Any], dict[str, Any] | None]]: ...
     @property
     def compose(self) -> Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]: ...
+    @property
+    def complete(self) -> Callable[[dict[str, Any], Iterable[str]], dict[str, Any]]: ...
     @property
     def drawn(self) -> tuple[str, ...]: ...
     @property
@@ -220,11 +222,12 @@ def _open_as(
 ) -> HfCheckpoint:
     """`parts` fill what `source` lacks, one after the other; what begins with one of `new` may be nowhere, and with
     `may_duplicate` what the family duplicates. `keys`: by default the family's."""
+    config = family.complete(config, source.infos)
     options = family.read(config, tower_config)
     made = {dialect: make(options) for dialect, make in (keys or family.keys).items()}
     tables = {dialect: table for dialect, table in made.items() if table.entries()}
     copies = family.duplicated(options) if may_duplicate else {}
-    dialect = match(source.infos, tables, [part.infos for part in parts], (*new, *copies))
+    dialect = match(source.infos, tables, [part.infos for part in parts], new, copies)
     table = tables[dialect]
     source = source.renamed(table.spelt(source.infos))
     for part in parts:

@@ -24,6 +24,11 @@ WAYS = ("text", "visual")
 """What the copies are for, in order."""
 
 
+def is_visual_way(name: str) -> bool:
+    """Whether only visual tokens go through the parameter of that canonical name."""
+    return "norm.1." in name or "linear_kv.1." in name
+
+
 def is_visual(batch: Batch) -> Tensor:
     """bool [S, B, 1]: whether a visual token stands there. Every stage knows it from the ids."""
     return (batch.ids_BS == IMAGE).t().unsqueeze(-1).contiguous()
