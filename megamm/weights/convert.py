@@ -162,7 +162,8 @@ def open_start(
     """Open a plain llm and a plain vision tower as a model of `family`; what neither has is drawn, in the llm's dtype.
 
     `hf_dir`: weights that count before those of both, such as a trained projector, and a config.json that says what the
-    model is; either may be absent. CheckpointError: anything that does not fit, and a tensor of the llm that the family has not.
+    model is; either may be absent. CheckpointError: anything that does not fit, and a tensor of the llm that the family
+    has not.
     """
     llm_config, tower_config = read_config(llm_dir), read_config(tower_dir)
     llm, tower = HfSource(llm_dir), HfSource(tower_dir)
@@ -231,9 +232,7 @@ def _open_as(
     _check_shapes(table, source.infos)
     info = CheckpointInfo(family=family.name, dialect=dialect, hf_config=config, tower_config=tower_config)
     copies = {name: other for name, other in copies.items() if not source.infos.keys() >= set(table[name].hf)}
-    return HfCheckpoint(
-        family=family, info=info, options=options, table=table, source=source, duplicated=copies
-    )
+    return HfCheckpoint(family=family, info=info, options=options, table=table, source=source, duplicated=copies)
 
 
 def _check_shapes(table: KeyMap, infos: Mapping[str, TensorInfo]) -> None:
@@ -278,12 +277,19 @@ def write_checkpoint(checkpoint: HfCheckpoint, output: str | Path, *file_dirs: s
         write_info(directory, checkpoint.info)
 
 
-def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Path, dialect: str | None = None) -> str:
+def export_hf(
+    checkpoint_dir: str | Path,
+    family: FamilyTables,
+    output: str | Path,
+    dialect: str | None = None,
+    finish: Callable[[Path, str, Any], None] | None = None,
+) -> str:
     """Write the Hugging Face directory of a megamm checkpoint to `output`; returns its dialect.
 
     `dialect` None: the one imported from. The tower's tensors are among the rest, wherever they came from. Every
     tensor keeps its stored dtype, a vocabulary loses its padding, kept tensors and files come back. Holds at most about
-    twice the largest tensor. CheckpointError: another family, an unknown dialect or one that cannot say this model,
+    twice the largest tensor. `finish` adds what else belongs to it, given the directory, its dialect and the options,
+    before it gets its name. CheckpointError: another family, an unknown dialect or one that cannot say this model,
     tensors missing, unknown or of other shapes; then `output` is not made.
     """
     source_dir = find_checkpoint(checkpoint_dir)
@@ -327,6 +333,8 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
             write_json(directory / TOWER / CONFIG, tower_config)
         if (source_dir / HF_FILES).is_dir():
             shutil.copytree(source_dir / HF_FILES, directory, dirs_exist_ok=True)
+        if finish is not None:
+            finish(directory, dialect, options)
     if left_out := [entry.name for entry in table.entries() if not entry.is_exported]:
         log.warning("left out, since dialect %s has no place for it: %s", dialect, ", ".join(left_out))
     return dialect
