@@ -29,8 +29,8 @@ class Variant:
     @property
     def tower(self) -> Path | None:
         """The directory of its tower, where its config.json leaves the tower's sizes out."""
-        is_apart = self.dialect == "original" and not self.path.startswith("imp/")
-        return self.hf / "vision_tower" if is_apart else None
+        tower = self.hf / "vision_tower"
+        return tower if tower.is_dir() else None
 
     @property
     def cases(self) -> list[Path]:
@@ -43,6 +43,8 @@ VARIANTS = [
     Variant("imp/phi2_legacy", "legacy"),
     Variant("imp/phi3", "original"),
     Variant("imp/qwen1_5", "original"),
+    Variant("mplug_owl3/240728", "original"),
+    Variant("mplug_owl3/241101", "original"),
     Variant("tinyllava/phi2", "original"),
     Variant("tinyllava/stablelm2", "original"),
     Variant("tinyllava/tinyllama", "original"),

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from megamm.config.schema import PARTS
 
 TEXT_WAY = "llm.text"
-"""Of an llm that treats visual tokens in a way of their own all but that way."""
+"""Of an llm that has weights for visual tokens only all but these."""
+VISUAL = "visual"
 LEGAL = f"{', '.join(PARTS)}, vision[:N] or llm[:N] with N of 1 or more, {TEXT_WAY}"
 _BEGINNING = re.compile(r"(vision|llm)\[:([1-9]\d*)\]")
 
@@ -23,9 +24,10 @@ def num_frozen_layers(part: str, freeze: Collection[str]) -> int:
 
 
 def is_frozen(unit: str, freeze: Collection[str]) -> bool:
-    """Whether the unit of that name, such as `vision.embed` or `llm.layer.3`, is not trained at all."""
+    """Whether the unit of that name, such as `vision.embed` or `llm.layer.3`, is not trained; `.visual` behind the name
+    means the weights for visual tokens only, where it has such, and without it the others."""
     part, *rest = unit.split(".")
-    if part in freeze or (TEXT_WAY in freeze and unit in ("llm.embed", "llm.head")):
+    if part in freeze or (TEXT_WAY in freeze and part == "llm" and rest[-1] != VISUAL):
         return True
     first = num_frozen_layers(part, freeze)
     return first > 0 and (rest[0] == "embed" or (rest[0] == "layer" and int(rest[1]) < first))

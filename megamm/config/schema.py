@@ -123,8 +123,8 @@ class Train:
     """Optimizer steps; None: what `epochs` amounts to."""
     freeze: tuple[str, ...] = ()
     """What is not trained: any of vision, projector, llm, words; or the beginning of one, such as `vision[:12]`, the
-    tower's embedding and its layers 0 to 11; or `llm.text`, of mPLUG-Owl2's llm all but what only visual tokens go
-    through."""
+    tower's embedding and its layers 0 to 11; or `llm.text`, of an llm that treats visual tokens with weights of their
+    own (mPLUG-Owl2, mPLUG-Owl3) all the others."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Arithmetic of the layers. fp8 needs a GPU with Transformer Engine and is an error elsewhere."""
     recompute: Literal["none", "full"] = "none"

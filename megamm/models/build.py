@@ -5,6 +5,7 @@ from dataclasses import replace
 from megatron.core import parallel_state
 
 from megamm import backend
+from megamm.config.frozen import VISUAL
 from megamm.models.options import ProjectorOptions, VlmOptions
 from megamm.models.parameters import mark_partitions
 from megamm.models.spec import Build, PartConfigs
@@ -71,8 +72,9 @@ def units(
     vocabulary = t.padded_vocab_size * t.hidden_size
     out.append(Unit("llm.embed", 0.0, vocabulary, int(t.hidden_size * num_tokens * bytes_per_value)))
     attention_weights = t.hidden_size * (2 * q_size + 2 * kv_size * t.num_ways)
-    # Without a window the causal half of the square; a window of that or more changes nothing much.
-    seen = min(seq_length, 2.0 * (t.window or seq_length))
+    # Twice the positions that a query sees on average: half of all, fewer within a window.
+    reach = min(seq_length, t.window or seq_length)
+    seen = reach * (2 - reach / seq_length)
     fc1_size = t.ffn_size * (1 + t.is_gated)
     num_norms = (2 - t.has_parallel_residual) * t.num_ways
     rest = num_norms * t.hidden_size * (1 + (t.norm == "LayerNorm")) + (q_size + 2 * kv_size) * t.has_qkv_bias
@@ -88,6 +90,8 @@ def units(
         )
         for i in range(t.num_layers)
     ]
+    if t.is_modality_adaptive:
+        out = [replace(u, guests=(f"{u.name}.{VISUAL}",)) if u.name.startswith("llm.layer.") else u for u in out]
     if t.hyper is not None:
         # Every token sees all pictures of its own sequence, which mostly come first.
         image_kv, seen_pairs = 2 * kv_size * t.hidden_size, visual_tokens * seq_length
@@ -100,6 +104,7 @@ def units(
                     parameters=plain.parameters + image_kv + 2 * kv_size + gate,
                     activation_bytes=plain.activation_bytes
                     + int((t.hidden_size + 2 * kv_size) * visual_tokens * bytes_per_value),
+                    guests=(f"{plain.name}.{VISUAL}",),
                 )
     # The logits are kept in float32, and once more as softmax.
     head_kept = t.hidden_size + 8 / bytes_per_value * t.padded_vocab_size

@@ -30,8 +30,9 @@ _LINE = llava_line.family(
     ),
 )
 _TOWER = "vision_tower_config"
-MAX_TOKENS = 3072
-"""Where the authors' scripts cut a sequence, beyond the 2048 positions of Phi-2."""
+_RELEASED = {"phi": ("square", 3072), "qwen2": ("square", 2560), "phi3": ("pad", 2560)}
+"""Per decoder the image_aspect_ratio and tokenizer_model_max_length of the released config.json; Phi-2 was made for
+2048 positions, and the authors go beyond."""
 
 
 def read(config: dict[str, Any], tower_config: dict[str, Any] | None = None) -> VlmOptions:
@@ -73,7 +74,8 @@ def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any]) -> dict[str, Any]:
     start = _LINE.read(_LINE.compose(llm_hf, tower_hf), None)
     llm = _PARTS.llm_options(llm_hf, "the llm's config.json")
     config, _ = write(replace(start, llm=llm), "original")
-    return {**config, "image_aspect_ratio": "square", "tokenizer_model_max_length": MAX_TOKENS}
+    aspect, max_tokens = _RELEASED[llm.model_type]
+    return {**config, "image_aspect_ratio": aspect, "tokenizer_model_max_length": max_tokens}
 
 
 def _legacy_keys(options: VlmOptions) -> KeyMap:

@@ -176,8 +176,10 @@ class VlmOptions:
 
     def reads_features(self, unit: str) -> bool:
         """Whether that unit of the llm reads the visual tokens, beside the hidden states that they were placed in."""
-        is_hyper = self.llm.hyper is not None and unit in {f"llm.layer.{layer}" for layer in self.llm.hyper.layers}
-        return is_hyper or (self.has_visual_words and unit == "llm.head")
+        if self.has_visual_words and unit == "llm.head":
+            return True
+        hyper = self.llm.hyper
+        return hyper is not None and unit in {f"llm.layer.{layer}" for layer in hyper.layers}
 
     def reads_words(self, unit: str) -> bool:
         """Whether that unit of the llm computes with the head of visual words."""

@@ -13,9 +13,9 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamm.config.frozen import TEXT_WAY, is_frozen
+from megamm.config.frozen import VISUAL, is_frozen
 from megamm.errors import CheckpointError
-from megamm.models.layers.modality_adaptive import is_visual_way
+from megamm.models.layers import hyper_attention, modality_adaptive
 from megamm.models.vlm import VLM
 from megamm.parallel.groups import gather_over_tp
 from megamm.weights.draw import draw as draw_tensor
@@ -95,8 +95,8 @@ def freeze(chunks: Iterable[VLM], frozen: Collection[str]) -> None:
     """
     chunks = list(chunks)
     for name, parameter in canonical_parameters(chunks):
-        is_text_way = name.startswith("llm.") and not is_visual_way(name)
-        if is_frozen(unit_of(name), frozen) or (TEXT_WAY in frozen and is_text_way):
+        is_visual = modality_adaptive.is_visual_way(name) or hyper_attention.is_visual_way(name)
+        if is_frozen(f"{unit_of(name)}.{VISUAL}" if is_visual else unit_of(name), frozen):
             parameter.requires_grad_(False)
     for chunk in chunks:
         chunk.sends_gradient = any(unit.is_trained(frozen) for unit in chunk.stage.earlier)

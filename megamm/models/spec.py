@@ -217,9 +217,35 @@ def decoder_layer_spec(options: LlmOptions, layer: int) -> ModuleSpec:
     if options.is_modality_adaptive:
         return modality_adaptive_layer_spec()
     spec = layer_spec(AttnMaskType.causal, options.has_parallel_residual)
-    if options.hyper is not None and layer in options.hyper.layers:
-        return hyper_layer_spec(spec, options.hyper)
-    return spec
+    if options.hyper is None or layer not in options.hyper.layers:
+        return spec
+    return hyper_layer_spec(spec, options.hyper)
+
+
+def hyper_layer_spec(spec: ModuleSpec, hyper: HyperOptions) -> ModuleSpec:
+    """The layer of `spec`, made to read the visual tokens, too. Its first norm stands alone on every backend: text and
+    visual tokens go through it on their way to two linears."""
+    layers = backend.current().layers
+    attention = HyperAttentionSubmodules(
+        linear_qkv=layers.column_linear,
+        core_attention=layers.core_attention,
+        linear_proj=layers.row_linear,
+        linear_image_kv=layers.column_linear,
+    )
+    first_norm = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return ModuleSpec(
+        module=HyperLayer,
+        submodules=replace(
+            spec.submodules,
+            input_layernorm=layers.norm,
+            self_attention=ModuleSpec(
+                module=HyperAttention,
+                params={"attn_mask_type": AttnMaskType.causal, "hyper": hyper},
+                submodules=attention,
+            ),
+            sharded_state_dict_keys_map=spec.submodules.sharded_state_dict_keys_map | first_norm,
+        ),
+    )
 
 
 def modality_adaptive_layer_spec() -> ModuleSpec:
@@ -248,31 +274,5 @@ def modality_adaptive_layer_spec() -> ModuleSpec:
                 submodules=MLPSubmodules(linear_fc1=layers.column_linear, linear_fc2=layers.row_linear),
             ),
             mlp_bda=get_bias_dropout_add,
-        ),
-    )
-
-
-def hyper_layer_spec(spec: ModuleSpec, hyper: HyperOptions) -> ModuleSpec:
-    """The layer of `spec`, made to read the visual tokens, too. Its first norm stands alone on every backend: text and
-    visual tokens go through it on their way to two linears."""
-    layers = backend.current().layers
-    attention = HyperAttentionSubmodules(
-        linear_qkv=layers.column_linear,
-        core_attention=layers.core_attention,
-        linear_proj=layers.row_linear,
-        linear_image_kv=layers.column_linear,
-    )
-    first_norm = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    return ModuleSpec(
-        module=HyperLayer,
-        submodules=replace(
-            spec.submodules,
-            input_layernorm=layers.norm,
-            self_attention=ModuleSpec(
-                module=HyperAttention,
-                params={"attn_mask_type": AttnMaskType.causal, "hyper": hyper},
-                submodules=attention,
-            ),
-            sharded_state_dict_keys_map=spec.submodules.sharded_state_dict_keys_map | first_norm,
         ),
     )

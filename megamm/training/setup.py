@@ -120,10 +120,8 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
     for part, layers in (("vision", options.vision.num_layers), ("llm", options.llm.num_layers)):
         if (first := num_frozen_layers(part, config.train.freeze)) > layers:
             problems.append(f"train.freeze={part}[:{first}]: the {part} has {layers} layers; give at most {layers}")
-    if TEXT_WAY in config.train.freeze and not options.llm.is_modality_adaptive:
-        problems.append(
-            f"train.freeze={TEXT_WAY}: visual tokens have no way of their own in this llm; give llm instead"
-        )
+    if TEXT_WAY in config.train.freeze and not options.llm.is_modality_adaptive and options.llm.hyper is None:
+        problems.append(f"train.freeze={TEXT_WAY}: this llm has no weights for visual tokens only; give llm instead")
     for name, reader in readers.items():
         problems += _data_problems(name, reader, model)
     if resumed is not None and config.checkpoint.resume:

@@ -168,16 +168,18 @@ def open_start(
 ) -> HfCheckpoint:
     """Open a plain llm and a plain vision tower as a model of `family`; what neither has is drawn, in the llm's dtype.
 
-    `hf_dir`: weights that count before those of both, such as a trained projector; its config.json, if it has one, says
-    what the model is. CheckpointError: anything that does not fit, and a tensor of the llm that the family has not.
+    `hf_dir`: weights that count before those of both, such as a trained projector, and a config.json that says what the
+    model is; either may be absent. CheckpointError: anything that does not fit, and a tensor of the llm that the family
+    has not.
     """
     llm_config, tower_config = read_config(llm_dir), read_config(tower_dir)
     llm, tower = HfSource(llm_dir), HfSource(tower_dir)
     source, config = HfSource.empty(), family.compose(llm_config, tower_config)
     if hf_dir is not None:
         _refuse_adapter(hf_dir)
-        source = HfSource(hf_dir)
-        config = read_config(hf_dir) if (Path(hf_dir) / CONFIG).exists() else config
+        has_config = (Path(hf_dir) / CONFIG).exists()
+        source = HfSource(hf_dir) if has_weights(hf_dir) or not has_config else source
+        config = read_config(hf_dir) if has_config else config
     keys = None if family.start_keys is None else {family.export_dialect: family.start_keys}
     checkpoint = _open_as(
         family, config, tower_config, source, (llm, tower), family.drawn, may_duplicate=True, keys=keys
@@ -230,7 +232,7 @@ def _open_as(
     made = {dialect: make(options) for dialect, make in (keys or family.keys).items()}
     tables = {dialect: table for dialect, table in made.items() if table.entries()}
     copies = family.duplicated(options) if may_duplicate else {}
-    dialect = match(source.infos, tables, [part.infos for part in parts], (*new, *copies))
+    dialect = match(source.infos, tables, [part.infos for part in parts], new, copies)
     table = tables[dialect]
     source = source.renamed(table.spelt(source.infos))
     for part in parts:
@@ -283,12 +285,19 @@ def write_checkpoint(checkpoint: HfCheckpoint, output: str | Path, *file_dirs: s
         write_info(directory, checkpoint.info)
 
 
-def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Path, dialect: str | None = None) -> str:
+def export_hf(
+    checkpoint_dir: str | Path,
+    family: FamilyTables,
+    output: str | Path,
+    dialect: str | None = None,
+    finish: Callable[[Path, str, Any], None] | None = None,
+) -> str:
     """Write the Hugging Face directory of a megamm checkpoint to `output`; returns its dialect.
 
     `dialect` None: the one imported from. The tower's tensors are among the rest, wherever they came from. Every
     tensor keeps its stored dtype, a vocabulary loses its padding, kept tensors and files come back. Holds at most about
-    twice the largest tensor. CheckpointError: another family, an unknown dialect or one that cannot say this model,
+    twice the largest tensor. `finish` adds what else belongs to it, given the directory, its dialect and the options,
+    before it gets its name. CheckpointError: another family, an unknown dialect or one that cannot say this model,
     tensors missing, unknown or of other shapes; then `output` is not made.
     """
     source_dir = find_checkpoint(checkpoint_dir)
@@ -332,6 +341,8 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
             write_json(directory / TOWER / CONFIG, tower_config)
         if (source_dir / HF_FILES).is_dir():
             shutil.copytree(source_dir / HF_FILES, directory, dirs_exist_ok=True)
+        if finish is not None:
+            finish(directory, dialect, options)
     if left_out := [entry.name for entry in table.entries() if not entry.is_exported]:
         log.warning("left out, since dialect %s has no place for it: %s", dialect, ", ".join(left_out))
     return dialect

@@ -37,7 +37,7 @@ def test_family_and_dialect_are_found_and_the_config_is_written_as_it_was_read(v
     assert (checkpoint.info.family, checkpoint.info.dialect) == (variant.family, variant.dialect)
     config = json.loads((variant.hf / "config.json").read_text())
     written, tower = checkpoint.family.write(checkpoint.options, variant.dialect)
-    assert written == config == checkpoint.info.hf_config
+    assert written == config and config.items() <= checkpoint.info.hf_config.items()
     assert tower == (read_config(variant.tower) if variant.tower else None)
 
 
@@ -63,8 +63,8 @@ def test_units_count_the_parameters_of_the_table(variant):
         unit = "vision.embed" if unit == "vision" else unit
         counted[unit] = counted.get(unit, 0) + entry.num_elements
     flat = units(checkpoint.options, num_tokens=8, num_images=1, seq_length=8)
-    for guest in {guest for unit in flat for guest in unit.guests}:  # counted once, where it lives first
-        counted[next(unit.name for unit in flat if guest in unit.guests)] += counted.pop(guest)
+    for guest in {guest for unit in flat for guest in unit.guests}:  # a part counts once, where it lives first
+        counted[next(unit.name for unit in flat if guest in unit.guests)] += counted.pop(guest, 0)
     assert {unit.name: unit.parameters for unit in flat} == counted
 
 

@@ -10,31 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megamm import backend
-from megamm.config.schema import Parallel
 from megamm.errors import CheckpointError, ConfigError
 from megamm.models import mplug_owl3
-from megamm.models.build import build_stages, units
-from megamm.models.parameters import canonical_parameters
-from megamm.models.spec import Build
-from megamm.parallel import groups
-from megamm.parallel.placement import auto_layout
+from megamm.models.build import units
 from megamm.verify import Request, compare, verify
-from megamm.weights.convert import export_hf, import_hf, open_hf, open_start, write_checkpoint
+from megamm.weights.convert import export_hf, open_hf, open_start, write_checkpoint
 from tests.models import owl3_reference
 
 VARIANTS = ("240728", "241101")
 CASES = ("one_image", "two_images", "mixed_batch", "text_only")
 LAYOUTS = [
-    dict(),
     dict(tp=2),
-    dict(tp=2, sequence_parallel=True),
-    dict(pp=2),
-    dict(pp=2, layout="Vv|vPEttttL"),
-    dict(tp=2, pp=2, sequence_parallel=True),
     dict(tp=2, pp=2, sequence_parallel=True, recompute="full"),
-    dict(tp=4, sequence_parallel=True),
-    dict(pp=4),
     dict(pp=4, layout="VvvPEtt|t|t|L", recompute="full"),  # the second stage has no hyper layer, but hands them on
     dict(tp=2, pp=2, layout="V|vvPE|tt|ttL", sequence_parallel=True),
 ]
@@ -165,18 +152,6 @@ def test_a_tower_must_fit_and_may_differ_in_pixels_that_it_does_not_see():
         mplug_owl3.read(published(), {**tower, "image_size": 224})
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_round_trip_gives_back_every_bit(variant, golden, tmp_path):
-    release = golden / "mplug_owl3" / variant / "hf"
-    info = import_hf(release, None, [mplug_owl3.FAMILY], tmp_path / "checkpoint")
-    assert (info.family, info.dialect) == ("mplug_owl3", "original")
-    export_hf(tmp_path / "checkpoint", mplug_owl3.FAMILY, tmp_path / "back")
-    expected, found = load_file(release / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert json.loads((tmp_path / "back/config.json").read_text()) == golden_config(golden, variant)
-
-
 def parts_of(release: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Directories of the plain Qwen2 and the plain SigLIP inside a release."""
     tensors, config = load_file(release / "model.safetensors"), json.loads((release / "config.json").read_text())
@@ -210,35 +185,9 @@ def test_a_start_is_made_of_plain_parts(golden, tmp_path):
     assert open_hf(tmp_path / "out", None, [mplug_owl3.FAMILY]).options.llm.hyper.kind == "gated"
 
 
-def describe_parameters(tp: int, pp: int, hf_config: dict) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> local shape of every parameter that this rank builds."""
-    backend.start("cpu")
-    options = mplug_owl3.read(hf_config)
-    table = mplug_owl3.keys(options)
-    layout = auto_layout(units(options, num_tokens=8, num_images=1, seq_length=8), pp)
-    groups.start_distributed()
-    groups.start(Parallel(tp=tp, pp=pp), layout)
-    stages = build_stages(options, Build(tp=tp, layout=layout), table)
-    return {name: tuple(p.shape) for name, p in canonical_parameters(stages)}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_table_and_model_are_the_same_list(variant, golden, pool):
-    config = mplug_owl3.complete(
-        golden_config(golden, variant), load_file(golden / "mplug_owl3" / variant / "hf/model.safetensors")
-    )
-    table = mplug_owl3.keys(mplug_owl3.read(config))
-    whole = pool.run(describe_parameters, 1, 1, config, ranks=1)[0]
-    assert whole == {entry.name: entry.shape for entry in table.entries()}
-    for rank in pool.run(describe_parameters, 2, 2, config, ranks=4):
-        for key, shape in rank.items():
-            cut = [dim for dim, (local, full) in enumerate(zip(shape, whole[key], strict=True)) if local != full]
-            assert cut == [dim for dim in [table[key].partition_dim] if dim is not None], key
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_case_equals_the_authors_code(variant, layout, golden, pool):
+def test_every_case_at_layouts_that_are_not_on_the_ladder(variant, layout, golden, pool):
     directory = golden / "mplug_owl3" / variant
     norms = json.loads((directory / "grad_norms.json").read_text())
     paths = [directory / f"cases/{case}.npz" for case in CASES]

@@ -23,6 +23,11 @@ from megamm import backend
 from megamm.models.options import HyperOptions
 
 
+def is_visual_way(name: str) -> bool:
+    """Whether only what comes of visual tokens goes through the parameter of that canonical name."""
+    return "self_attention.linear_image_kv." in name or "self_attention.gate." in name
+
+
 @dataclass
 class HyperAttentionSubmodules(SelfAttentionSubmodules):
     """The modules of a self-attention, and the linear that makes keys and values of visual tokens."""
