@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AddedToken, AutoTokenizer
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from megamm.data.tokenizer_files import FILES, tokenizer_hash
 from megamm.errors import DataError
@@ -87,32 +88,19 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     )
 
 
-def reserve_image_token(directory: str | Path, token: str, num_rows: int) -> tuple[str, int]:
-    """A token that no text has, and its id, below `num_rows`, for a visual token in the prompts of stock transformers.
-
-    `token` where the tokenizer in `directory` has it, or can be given it because the model's table has a row to spare;
-    then its files are written anew. Else its unknown token, which a tokenizer with byte fallback never makes of a text.
-    DataError: there is none of these.
-    """
-    settings = Path(directory) / "tokenizer_config.json"
+def add_token(directory: str | Path, token: str) -> int:
+    """Give the tokenizer of a local directory a special token, the first id behind its own, and return its id; one that
+    it has already stays as it is. Rewrites the tokenizer's files."""
+    directory = Path(directory)
+    tokenizer = load_tokenizer(directory)
+    if (found := tokenizer.encode(token, bos=False)) and len(found) == 1:
+        return found[0]
     loaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    vocabulary = loaded.get_vocab()
-    if token in vocabulary and vocabulary[token] < num_rows:
-        return token, vocabulary[token]
-    if (spare := max(vocabulary.values()) + 1) < num_rows:
-        loaded.add_tokens([AddedToken(token, normalized=False, special=True)], special_tokens=True)
-        name, found = token, spare
-    else:
-        name, found = loaded.unk_token, loaded.unk_token_id
-        if found is None or found in (loaded.bos_token_id, loaded.eos_token_id):
-            raise DataError(
-                f"{directory}: all {num_rows} rows of the model's table have a token, and the tokenizer has no unknown "
-                "token to stand for a visual token; export in the --dialect of the authors' code"
-            )
-        if loaded.pad_token_id == found:  # padding must not be taken for a picture
-            loaded.pad_token = loaded.eos_token
-    legacy = {"legacy": True} if settings.exists() and json.loads(settings.read_text()).get("legacy") else {}
+    settings = directory / "tokenizer_config.json"
+    legacy = {k: v for k, v in json.loads(settings.read_text()).items() if k == "legacy"} if settings.exists() else {}
+    loaded.add_tokens([AddedToken(token, normalized=False, special=True)], special_tokens=True)
     loaded.save_pretrained(directory)
-    # transformers 5.23 does not write `legacy` back and then takes it for false, which makes other ids behind a marker.
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | legacy, indent=2) + "\n")
-    return name, found
+    # transformers 5.23 does not write `legacy` back, and then takes it for false: other ids behind a special token.
+    if legacy:
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), **legacy}, indent=2) + "\n")
+    return load_tokenizer(directory).encode(token, bos=False)[0]

@@ -69,8 +69,9 @@ def units(
     vocabulary = t.padded_vocab_size * t.hidden_size
     out.append(Unit("llm.embed", 0.0, vocabulary, int(t.hidden_size * num_tokens * bytes_per_value)))
     attention_weights = t.hidden_size * (2 * q_size + 2 * kv_size * t.num_ways)
-    # Without a window the causal half of the square; a window of that or more changes nothing much.
-    seen = min(seq_length, 2.0 * (t.window or seq_length))
+    # Twice the positions that a query sees on average: half of all, fewer within a window.
+    reach = min(seq_length, t.window or seq_length)
+    seen = reach * (2 - reach / seq_length)
     fc1_size = t.ffn_size * (1 + t.is_gated)
     num_norms = (2 - t.has_parallel_residual) * t.num_ways
     rest = num_norms * t.hidden_size * (1 + (t.norm == "LayerNorm")) + (q_size + 2 * kv_size) * t.has_qkv_bias

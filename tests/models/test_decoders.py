@@ -1,6 +1,8 @@
 """Every decoder against transformers' own class: configuration, key names, logits, gradients, tensor parallel too."""
 
+import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import transformers
 
 from megamm import backend
 from megamm.config.schema import Parallel
+from megamm.errors import CheckpointError
 from megamm.models.llm import llama, mistral, phi2, phi3, qwen2, stablelm2
 from megamm.models.llm.decoder import Decoder
 from megamm.models.spec import Build, llm_config
@@ -129,3 +132,76 @@ def test_logits_and_gradients_equal_transformers(case, tp, sequence_parallel, po
             assert torch.isfinite(grad).all()
             worst = (grad - expected[name]).abs().max() / (expected[name].norm() + 1e-3)
             assert worst < 1e-4, name
+
+
+PUBLISHED: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "Mistral-7B-Instruct-v0.2": (mistral, 7_241_732_096, dict(
+        model_type="mistral", hidden_act="silu", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        max_position_embeddings=32768, num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5,
+        rope_theta=1000000.0, sliding_window=None, tie_word_embeddings=False, vocab_size=32000,
+    )),
+    "Mistral-7B-v0.1": (mistral, 7_241_732_096, dict(
+        model_type="mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=None,
+        max_position_embeddings=32768, num_attention_heads=32, rms_norm_eps=1e-5, sliding_window=4096,
+    )),
+    "Qwen2-0.5B": (qwen2, 494_032_768, dict(
+        model_type="qwen2", hidden_act="silu", hidden_size=896, intermediate_size=4864, max_window_layers=24,
+        max_position_embeddings=131072, num_attention_heads=14, num_hidden_layers=24, num_key_value_heads=2,
+        rms_norm_eps=1e-6, rope_theta=1000000.0, sliding_window=131072, tie_word_embeddings=True,
+        use_sliding_window=False, vocab_size=151936,
+    )),
+    "phi-2": (phi2, 2_779_683_840, dict(
+        model_type="phi", hidden_act="gelu_new", hidden_size=2560, intermediate_size=10240, layer_norm_eps=1e-5,
+        max_position_embeddings=2048, num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32,
+        partial_rotary_factor=0.4, qk_layernorm=False, resid_pdrop=0.1, rope_scaling=None, rope_theta=10000.0,
+        tie_word_embeddings=False, vocab_size=51200,
+    )),
+    "Phi-3-mini-4k-instruct": (phi3, 3_821_079_552, dict(
+        model_type="phi3", attention_bias=False, hidden_act="silu", hidden_size=3072, intermediate_size=8192,
+        max_position_embeddings=4096, num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32,
+        rms_norm_eps=1e-5, rope_scaling=None, rope_theta=10000.0, sliding_window=2047, vocab_size=32064,
+    )),
+    "stablelm-2-zephyr-1_6b": (stablelm2, 1_644_515_328, dict(
+        model_type="stablelm", hidden_act="silu", hidden_size=2048, intermediate_size=5632, layer_norm_eps=1e-5,
+        max_position_embeddings=4096, num_attention_heads=32, num_hidden_layers=24, num_key_value_heads=32,
+        partial_rotary_factor=0.25, rope_theta=10000, use_qkv_bias=True, vocab_size=100352, qk_layernorm=False,
+    )),
+    "stablelm-2-zephyr-1_6b, older names": (stablelm2, 1_644_515_328, dict(
+        model_type="stablelm", hidden_act="silu", hidden_size=2048, intermediate_size=5632, norm_eps=1e-5,
+        max_position_embeddings=4096, num_attention_heads=32, num_hidden_layers=24, num_key_value_heads=32,
+        rope_pct=0.25, rope_theta=10000, use_qkv_bias=True, vocab_size=100352,
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(name):
+    """Written as they were read, also by transformers' newest fields; and the table has the published size."""
+    part, parameters, config = PUBLISHED[name]
+    options = part.from_hf(config)
+    before = copy.deepcopy(config)
+    assert part.to_hf(options, config) == before == config
+    table = part.keys(options)
+    assert sum(math.prod(shape) for entry in table.entries() for shape in entry.hf_shapes) == parameters
+    assert part.from_hf(part.to_hf(options, {})) == options
+    resaved = json.loads(transformers.AutoConfig.for_model(**config).to_json_string())
+    assert "rope_parameters" in resaved and part.to_hf(part.from_hf(resaved), resaved) == resaved
+    if "older names" not in name:
+        assert part.from_hf(resaved) == options
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("Qwen2-0.5B", dict(use_sliding_window=True), "qwen2 with use_sliding_window True"),
+        ("phi-2", dict(qk_layernorm=True), "phi with qk_layernorm True"),
+        ("stablelm-2-zephyr-1_6b", dict(use_parallel_residual=True), "use_parallel_residual True"),
+        ("Phi-3-mini-4k-instruct", dict(rope_scaling={"type": "longrope"}), "rotary scaling 'longrope'"),
+        ("Mistral-7B-v0.1", dict(hidden_act="gelu"), "mistral with hidden_act 'gelu' is not supported, only 'silu'"),
+        ("Mistral-7B-v0.1", dict(num_key_value_heads=5), "32 num_attention_heads cannot share 5 num_key_value_heads"),
+    ],
+)
+def test_what_a_decoder_cannot_be_is_refused(name, change, message):
+    part, _, config = PUBLISHED[name]
+    with pytest.raises(CheckpointError, match=message):
+        part.from_hf({**config, **change})

@@ -41,7 +41,7 @@ class Fields:
         """config.json of the decoder (or the part of a larger one that describes it) -> options.
 
         CheckpointError: a value that megamm has not, naming the field."""
-        config = renamed(config, self.aliases)
+        config = renamed(config, self._older(config))
         get = {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
         for name, only in self.only.items():
             if get.get(name, only) != only:
@@ -56,11 +56,17 @@ class Fields:
         values: dict[str, Any] = {ours: get[name] for name, ours in _SIZES.items()}
         values |= {ours: config.get(name, self.defaults[name]) for name, ours in self.options.items()}
         heads = values["num_heads"]
+        groups = config.get("num_key_value_heads", self.defaults.get("num_key_value_heads")) or heads
+        if heads % groups:
+            raise CheckpointError(
+                f"config.json: {heads} num_attention_heads cannot share {groups} num_key_value_heads; the second "
+                "must divide the first"
+            )
         if _ROTARY in self.defaults:
             values["rotary_factor"] = rope.get(_ROTARY, get[_ROTARY])
         return LlmOptions(
             model_type=self.model_type,
-            num_groups=config.get("num_key_value_heads", self.defaults.get("num_key_value_heads")) or heads,
+            num_groups=groups,
             head_dim=config.get("head_dim") or values["hidden_size"] // heads,
             rope_theta=float(rope.get("rope_theta", get["rope_theta"])),
             **values,
@@ -69,7 +75,8 @@ class Fields:
 
     def write(self, options: LlmOptions, source: dict[str, Any]) -> dict[str, Any]:
         """Options -> config.json, written over the one they came from."""
-        current, heads = renamed(source, self.aliases), options.num_heads
+        older = self._older(source)
+        current, heads = renamed(source, older), options.num_heads
         known: dict[str, Any] = {
             "model_type": self.model_type,
             **{name: getattr(options, ours) for name, ours in (_SIZES | dict(self.options)).items()},
@@ -88,7 +95,11 @@ class Fields:
             out["rope_parameters"] = overlay(current["rope_parameters"], rotary, self.defaults)
         else:
             out = overlay(out, rotary, self.defaults)
-        return renamed(out, {name: alias for alias, name in self.aliases.items() if alias in source})
+        return renamed(out, {name: alias for alias, name in older.items()})
+
+    def _older(self, config: dict[str, Any]) -> dict[str, str]:
+        """The aliases that stand in `config` in place of the field's name."""
+        return {alias: name for alias, name in self.aliases.items() if alias in config and name not in config}
 
 
 def renamed(config: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
