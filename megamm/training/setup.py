@@ -119,7 +119,7 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
         if (first := num_frozen_layers(part, config.train.freeze)) > layers:
             problems.append(f"train.freeze={part}[:{first}]: the {part} has {layers} layers; give at most {layers}")
     if TEXT_WAY in config.train.freeze and not options.llm.is_modality_adaptive:
-        problems.append(f"train.freeze={TEXT_WAY}: visual tokens have no way of their own in this llm; give llm instead")
+        problems.append(f"train.freeze={TEXT_WAY}: visual tokens have no way of their own in this llm; give llm")
     for name, reader in readers.items():
         problems += _data_problems(name, reader, model)
     if resumed is not None and config.checkpoint.resume:
