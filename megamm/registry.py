@@ -1,12 +1,13 @@
 """Names a user may write -> what they stand for, as dict literals."""
 
 from megamm.errors import ConfigError
-from megamm.models import llava, mplug_owl2, tinyllava
+from megamm.models import imp, llava, mplug_owl2, tinyllava
 from megamm.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     "llava": llava.FAMILY,
     "tinyllava": tinyllava.FAMILY,
+    "imp": imp.FAMILY,
     "mplug_owl2": mplug_owl2.FAMILY,
 }
 

@@ -22,7 +22,7 @@ class Family:
     compose: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
     """config.json of a plain llm, and of a plain vision tower -> that of a model of both, in the export dialect."""
     keys: dict[str, Callable[[VlmOptions], KeyMap]]
-    """Dialect -> table of its key names; the export dialect first."""
+    """Dialect -> table of its key names, without rows where it cannot spell the model; the export dialect first."""
     export_dialect: str
     """Dialect to export in when the checkpoint was not imported from one."""
     start_keys: Callable[[VlmOptions], KeyMap] | None = None

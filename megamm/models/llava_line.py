@@ -92,7 +92,7 @@ def family(
         read=read,
         write=write,
         compose=compose,
-        keys={dialect: spelling.keys for dialect, spelling in spellings.items()},
+        keys={dialect: spellings[dialect].keys for dialect in (starts_in, *spellings)},
         export_dialect=starts_in,
         template=template,
     )

@@ -61,7 +61,8 @@ def read(config: dict[str, Any], tower_config: dict[str, Any] | None, *, family:
     if tower_config is not None:
         check_same_tower(tower, parts.vision_options(tower_config, layer, keep_first_token))
     text = {**config["text_config"], "tie_word_embeddings": _is_tied(config)}
-    decoder = parts.llm_options(text, "config.json: text_config")
+    # Whatever the llm alone has: the head of this class has no bias.
+    decoder = replace(parts.llm_options(text, "config.json: text_config"), has_head_bias=False)
     image_token_id = config.get("image_token_id", get("image_token_index"))
     has_image_token = image_token_id is not None and image_token_id < decoder.vocab_size
     return VlmOptions(

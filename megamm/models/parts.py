@@ -68,6 +68,12 @@ class Parts:
 
 _Part = TypeVar("_Part", LlmPart, VisionPart)
 
+_REFUSED = {
+    "gemma": "Gemma (it scales its embeddings and shifts its norms)",
+    "openelm": "OpenELM (its layers differ in heads and widths)",
+}
+"""Decoders of published models of these families that megamm has not, by their model_type."""
+
 
 def _chosen(parts: Sequence[_Part], config: dict[str, Any], name: str, what: str) -> _Part:
     found = config.get("model_type", parts[0].MODEL_TYPE)
@@ -75,6 +81,8 @@ def _chosen(parts: Sequence[_Part], config: dict[str, Any], name: str, what: str
         if part.MODEL_TYPE == found:  # noqa: SIM300
             return part
     known = ", ".join(part.MODEL_TYPE for part in parts)
+    if found in _REFUSED:
+        raise CheckpointError(f"{name}: megamm does not support {_REFUSED[found]}; this family has: {known}")
     raise CheckpointError(f"{name}: model_type {found!r} is not a {what} that this family has, which are: {known}")
 
 

@@ -221,7 +221,8 @@ def _open_as(
     """`parts` fill what `source` lacks, one after the other; what begins with one of `new` may be nowhere, and with
     `may_duplicate` what the family duplicates. `keys`: by default the family's."""
     options = family.read(config, tower_config)
-    tables = {dialect: make(options) for dialect, make in (keys or family.keys).items()}
+    made = {dialect: make(options) for dialect, make in (keys or family.keys).items()}
+    tables = {dialect: table for dialect, table in made.items() if table.entries()}
     copies = family.duplicated(options) if may_duplicate else {}
     dialect = match(source.infos, tables, [part.infos for part in parts], (*new, *copies))
     table = tables[dialect]

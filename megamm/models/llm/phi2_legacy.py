@@ -1,4 +1,4 @@
-"""Phi-2 as its first releases spelt it, in configuration and key names; the same model as models/llm/phi2.py.
+"""Phi-2 as its first releases spelt it, in configuration and key names: another spelling of models/llm/phi2.py.
 
 Source: revision d3186761bf5c4409f7679359284066c25ab668ee of microsoft/phi-2.
 """
@@ -10,7 +10,6 @@ from megamm.models.llm.fields import renamed
 from megamm.models.options import LlmOptions
 from megamm.weights.keymap import KeyMap
 
-MODEL_TYPE = "phi-msft"
 _NAMES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -29,29 +28,23 @@ def is_legacy(config: dict[str, Any]) -> bool:
 
 
 def current(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json of this spelling in the current one; one of the current one as it is."""
+    """A config.json of this spelling in phi2's; one that is in phi2's as it is."""
     if not is_legacy(config):
         return config
     out = renamed(config, _NAMES)
     if out.get("intermediate_size") is None:
         out["intermediate_size"] = 4 * out["hidden_size"]
-    if (channels := out.pop("rotary_dim", None)) is not None:
-        out["partial_rotary_factor"] = channels / (out["hidden_size"] // out["num_attention_heads"])
+    out["partial_rotary_factor"] = out.pop("rotary_dim", 32) / (out["hidden_size"] // out["num_attention_heads"])
     return out
 
 
-def from_hf(config: dict[str, Any]) -> LlmOptions:
-    """config.json -> options."""
-    return phi2.from_hf(current(config))
-
-
-def to_hf(options: LlmOptions, source: dict[str, Any]) -> dict[str, Any]:
-    """Options -> config.json, written over the one they came from, whichever way that was spelt."""
-    written = phi2.to_hf(options, current(source))
-    out = renamed(written, {name: old for old, name in _NAMES.items()}) | {"model_type": MODEL_TYPE}
-    del out["partial_rotary_factor"]
-    out["rotary_dim"] = int(options.rotary_factor * options.head_dim)
-    if source.get("n_inner", 0) is None and options.ffn_size == 4 * options.hidden_size:
+def legacy(config: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `current`: a config.json of phi2's in this spelling. What `source` gives as null stays so where
+    that means the same."""
+    out = renamed(config, {name: old for old, name in _NAMES.items()})
+    head_dim = out["n_embd"] // out["n_head"]
+    out["rotary_dim"] = int(out.pop("partial_rotary_factor") * head_dim)
+    if source.get("n_inner", 0) is None and out["n_inner"] == 4 * out["n_embd"]:
         out["n_inner"] = None
     return out
 
