@@ -50,8 +50,8 @@ class ModalityAdaptiveNorm(MegatronModule):
 
 
 class ModalityAdaptiveAttention(Attention):
-    """Self-attention whose keys and values come from one of two linears, token by token. `is_visual` is set before every
-    call, for the whole sequence."""
+    """Self-attention whose keys and values come from one of two linears, token by token. `is_visual` is set before
+    every call, for the whole sequence."""
 
     def __init__(
         self,
