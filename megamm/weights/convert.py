@@ -64,6 +64,8 @@ class FamilyTables(Protocol):
     def keys(self) -> Mapping[str, Callable[[Any], KeyMap]]: ...
     @property
     def start_keys(self) -> Callable[[Any], KeyMap] | None: ...
+    @property
+    def export_dialect(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +106,8 @@ class HfCheckpoint:
         return found | {name: found[other] for name, other in self.duplicated.items()}
 
     def origins(self) -> dict[tuple[str, str, str], list[str]]:
-        """(part, how, directory) -> the canonical names that came from there so. How is copied, drawn, or duplicated for
-        what is a copy of another weight of the model."""
+        """(part, how, directory) -> the canonical names that came from there so. How is copied, drawn, or duplicated
+        for what is a copy of another weight of the model."""
         origins: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for entry in self.table.entries():
             part = entry.name.split(".")[0]
