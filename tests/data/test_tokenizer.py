@@ -4,7 +4,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from megamm.data.tokenizer import load_tokenizer, reserve_image_token
+from megamm.data.tokenizer import load_tokenizer
 from megamm.errors import DataError
 
 TEXTS = ["A cat on a mat.", "  two", "é日", "line\n\nbreak", "a</s>USER: b", " ", "", "<image>"]
@@ -66,28 +66,3 @@ def test_errors_name_directory_and_remedy(make_tokenizer, tmp_path):
     (directory / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="cannot load this tokenizer"):
         load_tokenizer(directory)
-
-
-def test_a_token_for_a_picture_is_one_that_no_text_has(make_tokenizer):
-    """Where the model's table has a row to spare a new token, and text keeps its ids."""
-    directory = make_tokenizer("spm", legacy=True)
-    before = [load_tokenizer(directory).encode(text, bos=True) for text in TEXTS[:-1]]
-    assert reserve_image_token(directory, "<image>", 512) == ("<image>", 400)
-    tokenizer = load_tokenizer(directory)
-    assert [tokenizer.encode(text, bos=True) for text in TEXTS[:-1]] == before
-    assert tokenizer.encode("<image>", bos=False) == [400]
-    assert reserve_image_token(directory, "<image>", 512) == ("<image>", 400)
-
-
-def test_the_unknown_token_stands_for_a_picture_where_every_row_is_taken(make_tokenizer):
-    directory = make_tokenizer("spm", pad_token="<unk>", unk_token="<unk>")
-    before = [load_tokenizer(directory).encode(text, bos=True) for text in TEXTS]
-    assert reserve_image_token(directory, "<image>", 400) == ("<unk>", 0)
-    tokenizer = load_tokenizer(directory)
-    assert [tokenizer.encode(text, bos=True) for text in TEXTS] == before
-    assert tokenizer.pad_id == tokenizer.eos_id, "padding would be taken for pictures"
-
-
-def test_a_tokenizer_without_a_token_to_spare_is_refused(make_tokenizer):
-    with pytest.raises(DataError, match="all 457 rows of the model's table have a token"):
-        reserve_image_token(make_tokenizer("byte_bpe"), "<image>", 457)

@@ -25,6 +25,7 @@ from megamm.data.image import to_pixels
 from megamm.data.template import template
 from megamm.data.text import tokenise
 from megamm.data.tokenizer import load_tokenizer
+from megamm.errors import CheckpointError
 from megamm.registry import family
 from megamm.testing.tiny import tiny_tokenizer
 from megamm.training.setup import image_format
@@ -95,8 +96,6 @@ def test_stock_transformers_sees_what_training_sees(tower, aspect, strategy, tok
 
 
 def test_a_model_that_transformers_cannot_hold_is_refused(tmp_path):
-    from megamm.errors import CheckpointError
-
     checkpoint(tmp_path, "clip", connector_type="resampler", num_queries=4)
     with pytest.raises(CheckpointError, match="transformers' llava has no projector of kind 'perceiver'"):
         megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", "hf")
