@@ -40,6 +40,7 @@ def start(name: str, source: Path, image_dir: Path, directory: Path) -> Config:
             family=name,
             template=TINY[name].template if name in TINY else None,
             tokenizer=directory / "hf",
+            marker="<image>",
             output=str(directory / "train"),
             max_bad=0.0,
         )
