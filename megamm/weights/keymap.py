@@ -296,8 +296,8 @@ def match(
 
     A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. The names of `parts`,
     each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` (`{i}`: any number)
-    may be lacking, but only all of them together, and those of `copied` each by itself. CheckpointError: none or several
-    match; the message lists what is left over and what is missing in the nearest dialect.
+    may be lacking, but only all of them together, and those of `copied` each by itself. CheckpointError: none or
+    several match; the message lists what is left over and what is missing in the nearest dialect.
     """
     release = set(names)
     is_new = re.compile("|".join(r"\d+".join(map(re.escape, start.split("{i}"))) for start in new) or "(?!)")
