@@ -46,6 +46,8 @@ class Options:
     """Prefix of the files to write."""
     template: str | None = None
     """Conversation format; default: the family's for sft. `plain` is the one for pretraining the projector."""
+    marker: str | None = None
+    """Text that stands for a picture in the conversations; default: the family's. LLaVA's files have `<image>`."""
     workers: int = 1
     """Processes. The output does not depend on it."""
     max_bad: float = 0.01
@@ -63,7 +65,7 @@ def main(options: Options) -> None:
         image_dir=options.image_dir,
         tokenizer_dir=options.tokenizer,
         template=options.template or model.template,
-        marker=model.marker,
+        marker=options.marker or model.marker,
     )
     tokenizer = Preparer(recipe).tokenizer  # also says now, and not in some process later, what does not fit
     source = LlavaSource(options.input)

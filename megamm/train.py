@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megamm import backend
-from megamm.config.frozen import is_frozen, num_frozen_layers
+from megamm.config.frozen import TEXT_WAY, is_frozen, num_frozen_layers
 from megamm.config.load import parse
 from megamm.config.schema import Config
 from megamm.errors import MegammError
@@ -84,6 +84,8 @@ def show(config: Config, found: Plan, world_size: int) -> None:
         number = sum(unit.parameters for unit in found.units if unit.part == part)
         layers = num_frozen_layers(part, config.train.freeze)
         trained = "frozen" if part in config.train.freeze else f"from layer {layers}" if layers else "yes"
+        if part == "llm" and TEXT_WAY in config.train.freeze:
+            trained = "the visual way"
         parts.add_row(part, f"{number:,}", trained)
     parts.add_row("all", f"{sum(unit.parameters for unit in found.units):,}", "")
     console.print(parts)

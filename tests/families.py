@@ -27,7 +27,7 @@ class Variant:
     @property
     def tower(self) -> Path | None:
         """The directory of its tower, where its config.json leaves the tower's sizes out."""
-        is_apart = self.dialect == "original" and not self.path.startswith("imp/")
+        is_apart = self.dialect == "original" and not self.path.startswith(("imp/", "mplug_owl2/"))
         return self.hf / "vision_tower" if is_apart else None
 
     @property
@@ -46,4 +46,5 @@ VARIANTS = [
     Variant("tinyllava/tinyllama", "original"),
     Variant("tinyllava/factory_phi2", "factory"),
     Variant("tinyllava/factory_qwen2", "factory"),
+    Variant("mplug_owl2/llama", "original"),
 ]

@@ -5,13 +5,15 @@ from collections.abc import Collection
 
 from megamm.config.schema import PARTS
 
-LEGAL = f"{', '.join(PARTS)}, vision[:N] or llm[:N] with N of 1 or more"
+TEXT_WAY = "llm.text"
+"""Of an llm that treats visual tokens in a way of their own all but that way."""
+LEGAL = f"{', '.join(PARTS)}, vision[:N] or llm[:N] with N of 1 or more, {TEXT_WAY}"
 _BEGINNING = re.compile(r"(vision|llm)\[:([1-9]\d*)\]")
 
 
 def is_legal(item: str) -> bool:
     """Whether it is one of `LEGAL`."""
-    return item in PARTS or _BEGINNING.fullmatch(item) is not None
+    return item in PARTS or item == TEXT_WAY or _BEGINNING.fullmatch(item) is not None
 
 
 def num_frozen_layers(part: str, freeze: Collection[str]) -> int:
@@ -21,9 +23,9 @@ def num_frozen_layers(part: str, freeze: Collection[str]) -> int:
 
 
 def is_frozen(unit: str, freeze: Collection[str]) -> bool:
-    """Whether the unit of that name, such as `vision.embed` or `llm.layer.3`, is not trained."""
+    """Whether the unit of that name, such as `vision.embed` or `llm.layer.3`, is not trained at all."""
     part, *rest = unit.split(".")
-    if part in freeze:
+    if part in freeze or (TEXT_WAY in freeze and unit in ("llm.embed", "llm.head")):
         return True
     first = num_frozen_layers(part, freeze)
     return first > 0 and (rest[0] == "embed" or (rest[0] == "layer" and int(rest[1]) < first))

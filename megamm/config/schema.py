@@ -32,8 +32,9 @@ class Data:
     """Prefix of a second dataset for the evaluation loss. None: no evaluation."""
     max_tokens: int = 2048
     """Longest sequence in tokens, visual tokens counted; longer samples are cut at the end."""
-    aspect: Literal["pad", "square"] = "pad"
-    """`pad`: paste the picture on a square of the mean colour first. `square`: leave it to resize and crop."""
+    aspect: Literal["pad", "stretch", "square"] = "pad"
+    """`pad`: paste the picture on a square of the mean colour first. `stretch`: scale its shorter edge to the longer
+    one first. `square`: leave it to resize and crop."""
     num_workers: int = 2
     """Processes per rank that read and decode; 0 decodes in the training process."""
     shuffle: bool = True
@@ -104,7 +105,7 @@ class Train:
     """Optimizer steps; None: what `epochs` amounts to."""
     freeze: tuple[str, ...] = ()
     """What is not trained: any of vision, projector, llm; or the beginning of one, such as `vision[:12]`, the tower's
-    embedding and its layers 0 to 11."""
+    embedding and its layers 0 to 11; or `llm.text`, of mPLUG-Owl2's llm all but what only visual tokens go through."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Arithmetic of the layers. fp8 needs a GPU with Transformer Engine and is an error elsewhere."""
     recompute: Literal["none", "full"] = "none"

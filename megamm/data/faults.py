@@ -6,7 +6,7 @@ REASONS: dict[str, str] = {
     "bad_record": "not a LLaVA record: an object with `conversations`, a list of {from, value}, and perhaps `image`",
     "bad_roles": "turns do not alternate between human and gpt",
     "no_answer": "a question without an answer, or with an empty one",
-    "marker_count": "another number of <image> markers than pictures, after every turn's markers were made one",
+    "marker_count": "another number of markers than pictures, after every turn's markers were made one",
     "image_outside": "the picture's path leads out of the image directory",
     "image_missing": "no such picture file",
     "image_broken": "the picture is empty, truncated, too large or of no known format",

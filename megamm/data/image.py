@@ -29,8 +29,9 @@ class ImageFormat:
     """Per channel, of values in 0..1."""
     std: tuple[float, float, float]
     """Per channel, of values in 0..1."""
-    aspect: Literal["pad", "square"] = "pad"
-    """`pad`: paste the picture on a square of the mean colour first. `square`: leave it to `resize`."""
+    aspect: Literal["pad", "stretch", "square"] = "pad"
+    """`pad`: paste the picture on a square of the mean colour first. `stretch`: scale its shorter edge to the longer
+    one first, as mPLUG-Owl2 does for inference. `square`: leave it to `resize`."""
     resize: Literal["shortest_edge_crop", "squash"] = "shortest_edge_crop"
     """CLIP scales the shorter edge to `size` and crops the centre; SigLIP scales both edges to `size`."""
     tokens: int
@@ -73,6 +74,8 @@ def to_pixels(rgb: np.ndarray, image_format: ImageFormat) -> Tensor:
         canvas = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in image_format.mean))
         canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         picture = canvas
+    elif image_format.aspect == "stretch":
+        picture = picture.resize((max(picture.size), max(picture.size)), Image.Resampling.BICUBIC)
     if image_format.resize == "squash":
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     else:

@@ -1,6 +1,6 @@
 """Conversation formats, as data: five strings each. A new format is a new row of TEMPLATES, never new code.
 
-Strings, names and what carries loss: `conversation.py` and `train.py` of LLaVA, TinyLLaVA, Imp and VW-LMM.
+Strings, names and what carries loss: `conversation.py` and `train.py` of LLaVA, TinyLLaVA, Imp and VW-LMM, mPLUG-Owl2.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ TEMPLATES: dict[str, Template] = {
     "vicuna_v1": _V1,
     "llava_v1": _vicuna(_HUMAN, "</s>"),
     "plain": _PLAIN,
+    "mplug_owl2": Template(first="USER: ", later="USER: ", reply=" ASSISTANT:", lead=" ", end="</s>"),
     "llava_llama_2": Template(
         first=f"[INST] <<SYS>>\n{_LLAMA_2}\n<</SYS>>\n\n", later="<s>[INST] ", reply=" [/INST]", lead=" ", end=" </s>"
     ),

@@ -13,8 +13,9 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamm.config.frozen import is_frozen
+from megamm.config.frozen import TEXT_WAY, is_frozen
 from megamm.errors import CheckpointError
+from megamm.models.layers.modality_adaptive import is_visual_way
 from megamm.models.vlm import VLM
 from megamm.parallel.groups import gather_over_tp
 from megamm.weights.draw import draw as draw_tensor
@@ -77,12 +78,15 @@ def join(entry: Entry, local: Tensor) -> Tensor:
 
 
 def unit_of(name: str) -> str:
-    """The unit of the flat list to which the parameter of a canonical name belongs."""
+    """The unit of the flat list to which the parameter of a canonical name belongs; of a norm behind the tower's last
+    layer, whose unit it shares, `vision.norm`."""
     part, *rest = name.split(".")
     if part == "projector":
         return part
     if "layers" in rest:
         return f"{part}.layer.{rest[rest.index('layers') + 1]}"
+    if rest[0] == "post_norm":
+        return f"{part}.norm"
     return "llm.head" if part == "llm" and rest[0] != "embedding" else f"{part}.embed"
 
 
@@ -93,7 +97,8 @@ def freeze(chunks: Iterable[VLM], frozen: Collection[str]) -> None:
     """
     chunks = list(chunks)
     for name, parameter in canonical_parameters(chunks):
-        if is_frozen(unit_of(name), frozen):
+        is_text_way = name.startswith("llm.") and not is_visual_way(name)
+        if is_frozen(unit_of(name), frozen) or (TEXT_WAY in frozen and is_text_way):
             parameter.requires_grad_(False)
     for chunk in chunks:
         chunk.sends_gradient = any(unit.parameters and not is_frozen(unit.name, frozen) for unit in chunk.stage.earlier)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megamm.config.check import find_problems
-from megamm.config.frozen import num_frozen_layers
+from megamm.config.frozen import TEXT_WAY, num_frozen_layers
 from megamm.config.schema import Checkpoint, Config, Data
 from megamm.data.image import ImageFormat
 from megamm.data.indexed import Reader
@@ -118,6 +118,8 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
     for part, layers in (("vision", options.vision.num_layers), ("llm", options.llm.num_layers)):
         if (first := num_frozen_layers(part, config.train.freeze)) > layers:
             problems.append(f"train.freeze={part}[:{first}]: the {part} has {layers} layers; give at most {layers}")
+    if TEXT_WAY in config.train.freeze and not options.llm.is_modality_adaptive:
+        problems.append(f"train.freeze={TEXT_WAY}: visual tokens have no way of their own in this llm; give llm")
     for name, reader in readers.items():
         problems += _data_problems(name, reader, model)
     if resumed is not None and config.checkpoint.resume:

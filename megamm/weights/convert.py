@@ -64,6 +64,8 @@ class FamilyTables(Protocol):
     def keys(self) -> Mapping[str, Callable[[Any], KeyMap]]: ...
     @property
     def start_keys(self) -> Callable[[Any], KeyMap] | None: ...
+    @property
+    def export_dialect(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +106,8 @@ class HfCheckpoint:
         return found | {name: found[other] for name, other in self.duplicated.items()}
 
     def origins(self) -> dict[tuple[str, str, str], list[str]]:
-        """(part, how, directory) -> the canonical names that came from there so. How is copied, drawn, or duplicated for
-        what is a copy of another weight of the model."""
+        """(part, how, directory) -> the canonical names that came from there so. How is copied, drawn, or duplicated
+        for what is a copy of another weight of the model."""
         origins: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for entry in self.table.entries():
             part = entry.name.split(".")[0]
@@ -161,16 +163,18 @@ def open_start(
 ) -> HfCheckpoint:
     """Open a plain llm and a plain vision tower as a model of `family`; what neither has is drawn, in the llm's dtype.
 
-    `hf_dir`: weights that count before those of both, such as a trained projector; its config.json, if it has one, says
-    what the model is. CheckpointError: anything that does not fit, and a tensor of the llm that the family has not.
+    `hf_dir`: weights that count before those of both, such as a trained projector, and a config.json that says what the
+    model is; either may be absent. CheckpointError: anything that does not fit, and a tensor of the llm that the family
+    has not.
     """
     llm_config, tower_config = read_config(llm_dir), read_config(tower_dir)
     llm, tower = HfSource(llm_dir), HfSource(tower_dir)
     source, config = HfSource.empty(), family.compose(llm_config, tower_config)
     if hf_dir is not None:
         _refuse_adapter(hf_dir)
-        source = HfSource(hf_dir)
-        config = read_config(hf_dir) if (Path(hf_dir) / CONFIG).exists() else config
+        has_config = (Path(hf_dir) / CONFIG).exists()
+        source = HfSource(hf_dir) if has_weights(hf_dir) or not has_config else source
+        config = read_config(hf_dir) if has_config else config
     keys = None if family.start_keys is None else {family.export_dialect: family.start_keys}
     checkpoint = _open_as(
         family, config, tower_config, source, (llm, tower), family.drawn, may_duplicate=True, keys=keys

@@ -26,6 +26,7 @@ def sound(**changes: Any) -> Config:
 
 def test_a_sound_configuration_passes() -> None:
     assert not find_problems(sound(), 8)
+    assert not find_problems(sound(train__freeze=("vision[:12]", "llm[:2]")), 8)
     changes = {"train__freeze": ("vision", "llm"), "train__eval_every_steps": 5, "data__eval_path": "data/y"}
     assert not find_problems(sound(**changes), 4)
 
@@ -51,7 +52,8 @@ def test_a_sound_configuration_passes() -> None:
         ({"train__global_batch": 66}, "or one of train.micro_batch=1, 3, 11, 33"),
         ({"train__global_batch": 3}, "nearest: 4"),
         ({"model__config": None}, "model.pretrained, model.config: nothing gives the sizes"),
-        ({"train__freeze": ("tower",)}, "train.freeze=tower must be any of vision, projector, llm"),
+        ({"train__freeze": ("tower",)}, "train.freeze=tower must be any of vision, projector, llm, vision[:N] or"),
+        ({"train__freeze": ("vision[:0]", "projector[:2]")}, "train.freeze=vision[:0], projector[:2] must be any of"),
         ({"train__freeze": ("llm", "vision", "projector")}, "leaves nothing to train"),
         ({"train__eval_every_steps": 10}, "train.eval_every_steps=10 needs data.eval_path"),
         (

@@ -102,6 +102,16 @@ def test_plain_template_and_json_lines(script, inputs):
     assert reader.info["template"] == "plain" and ids[:2].tolist() == [1, -200] and spans.tolist() == [[2, len(ids)]]
 
 
+def test_another_marker_than_the_familys(script, inputs):
+    script.main(script.Options(**inputs))
+    expected = Path(inputs["output"] + ".bin").read_bytes()
+    inputs["family"] = "mplug_owl2"
+    with pytest.raises(DataError, match="marker_count"):
+        script.main(script.Options(**inputs))
+    script.main(script.Options(**inputs, marker="<image>"))
+    assert Path(inputs["output"] + ".bin").read_bytes() == expected
+
+
 def test_too_many_bad_samples_write_nothing_but_their_list(script, inputs):
     with pytest.raises(DataError, match=r"llava.json: 2 of 42 samples cannot be used \(no_answer 1, image_broken 1\)"):
         script.main(script.Options(**(inputs | {"max_bad": 0.01})))

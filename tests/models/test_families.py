@@ -52,7 +52,8 @@ def test_units_count_the_parameters_of_the_table(variant):
     counted: dict[str, int] = {}
     for entry in checkpoint.table.entries():
         words = entry.name.split(".")
-        unit = f"{words[0]}.layer.{words[3]}" if "layers" in words else words[0]
+        unit = f"{words[0]}.layer.{words[3]}" if "layers" in words and words[0] != "projector" else words[0]
+        unit = f"vision.layer.{checkpoint.options.vision.num_layers - 1}" if words[1] == "post_norm" else unit
         unit = "llm.embed" if words[1] == "embedding" else unit
         unit = "llm.head" if words[1] == "output_layer" or words[2:3] == ["final_layernorm"] else unit
         unit = "vision.embed" if unit == "vision" else unit

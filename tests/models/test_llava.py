@@ -145,7 +145,9 @@ def test_both_published_spellings_are_the_same_model_and_translate_into_each_oth
 
 def test_a_linear_projector_cannot_be_said_natively():
     config, tower = published_original()
-    with pytest.raises(CheckpointError, match="no projector of kind 'linear'; export in the --dialect of the authors' code"):
+    with pytest.raises(
+        CheckpointError, match="no projector of kind 'linear'; export in the --dialect of the authors' code"
+    ):
         llava.write(llava.read({**config, "mm_projector_type": "linear"}, tower), "hf")
 
 

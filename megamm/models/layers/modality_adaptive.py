@@ -24,6 +24,11 @@ WAYS = ("text", "visual")
 """What the copies are for, in order."""
 
 
+def is_visual_way(name: str) -> bool:
+    """Whether only visual tokens go through the parameter of that canonical name."""
+    return "norm.1." in name or "linear_kv.1." in name
+
+
 def is_visual(batch: Batch) -> Tensor:
     """bool [S, B, 1]: whether a visual token stands there. Every stage knows it from the ids."""
     return (batch.ids_BS == IMAGE).t().unsqueeze(-1).contiguous()
@@ -34,7 +39,7 @@ class ModalityAdaptiveNorm(MegatronModule):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, norm: type, eps: float = 1e-5):
         super().__init__(config=config)
-        self.is_visual: Tensor | None = None
+        self.is_visual: Tensor
         for way in range(len(WAYS)):
             self.add_module(str(way), norm(config=config, hidden_size=hidden_size, eps=eps))
 
@@ -45,7 +50,8 @@ class ModalityAdaptiveNorm(MegatronModule):
 
 
 class ModalityAdaptiveAttention(Attention):
-    """Self-attention whose keys and values come from one of two linears, token by token."""
+    """Self-attention whose keys and values come from one of two linears, token by token. `is_visual` is set before
+    every call, for the whole sequence."""
 
     def __init__(
         self,
@@ -65,7 +71,7 @@ class ModalityAdaptiveAttention(Attention):
             cp_comm_type=cp_comm_type,
             pg_collection=pg_collection,
         )
-        self.is_visual: Tensor | None = None
+        self.is_visual: Tensor
         self.q_layernorm = self.k_layernorm = None  # megatron-core's forward asks for them
         common: dict[str, Any] = dict(
             config=config,
