@@ -100,7 +100,7 @@ def tiny_llava(
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,  # the class token, which "default" takes away again
             image_token=IMAGE_TOKEN,
-            chat_template=_chat_template(form),
+            chat_template=form.jinja(IMAGE_TOKEN),
         ).save_pretrained(aside)
         _keep_legacy(aside)
 
@@ -168,25 +168,6 @@ def _keep_legacy(directory: Path) -> None:
 def _words(form: Template) -> list[str]:
     # Many times over, so that the long text in front of every question becomes whole words.
     return 8 * [form.first, form.later, form.reply]
-
-
-def _chat_template(form: Template) -> str:
-    """Jinja for messages whose contents are lists of image and text items, the image first."""
-    first, later, reply, lead, end = map(json.dumps, (form.first, form.later, form.reply, form.lead, form.end))
-    return (
-        "{%- for message in messages -%}"
-        "{%- if message.role == 'user' -%}"
-        f"{{{{ {first} if loop.first else {later} }}}}"
-        "{%- for item in message.content if item.type == 'image' -%}{{ '" + IMAGE_TOKEN + "\\n' }}{%- endfor -%}"
-        "{%- for item in message.content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}"
-        f"{{{{ {reply} }}}}"
-        "{%- else -%}"
-        f"{{{{ {lead} }}}}"
-        "{%- for item in message.content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}"
-        f"{{{{ {end} }}}}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-    )
 
 
 @torch.no_grad()

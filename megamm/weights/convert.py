@@ -234,9 +234,7 @@ def _open_as(
     _check_shapes(table, source.infos)
     info = CheckpointInfo(family=family.name, dialect=dialect, hf_config=config, tower_config=tower_config)
     copies = {name: other for name, other in copies.items() if not source.infos.keys() >= set(table[name].hf)}
-    return HfCheckpoint(
-        family=family, info=info, options=options, table=table, source=source, duplicated=copies
-    )
+    return HfCheckpoint(family=family, info=info, options=options, table=table, source=source, duplicated=copies)
 
 
 def _check_shapes(table: KeyMap, infos: Mapping[str, TensorInfo]) -> None:
@@ -281,13 +279,21 @@ def write_checkpoint(checkpoint: HfCheckpoint, output: str | Path, *file_dirs: s
         write_info(directory, checkpoint.info)
 
 
-def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Path, dialect: str | None = None) -> str:
+def export_hf(
+    checkpoint_dir: str | Path,
+    family: FamilyTables,
+    output: str | Path,
+    dialect: str | None = None,
+    more_vocab: int = 0,
+    finish: Callable[[Path], None] | None = None,
+) -> str:
     """Write the Hugging Face directory of a megamm checkpoint to `output`; returns its dialect.
 
     `dialect` None: the one imported from. The tower's tensors are among the rest, wherever they came from. Every
-    tensor keeps its stored dtype, a vocabulary loses its padding, kept tensors and files come back. Holds at most about
-    twice the largest tensor. CheckpointError: another family, an unknown dialect or one that cannot say this model,
-    tensors missing, unknown or of other shapes; then `output` is not made.
+    tensor keeps its stored dtype, a vocabulary loses its padding, kept tensors and files come back. `more_vocab` rows
+    are put behind every vocabulary, each the mean of its own. `finish` is called with the directory at last, before it
+    gets its name. Holds at most about twice the largest tensor. CheckpointError: another family, an unknown dialect or
+    one that cannot say this model, tensors missing, unknown or of other shapes; then `output` is not made.
     """
     source_dir = find_checkpoint(checkpoint_dir)
     info = read_info(source_dir)
@@ -307,7 +313,7 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
     infos: dict[str, TensorInfo] = {}
     exported = [entry for entry in table.entries() if entry.is_exported]
     for entry in exported:
-        metas = entry.unpack(stored.infos[entry.name].meta())
+        metas = _lengthened(entry, entry.unpack(stored.infos[entry.name].meta()), more_vocab)
         infos |= zip(entry.hf, map(TensorInfo.of, metas), strict=True)
     config = _with_dtype(config, {tensor.dtype for tensor in infos.values()})
 
@@ -320,7 +326,7 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
     with new_directory(output) as directory:
         with HfWriter(directory, infos) as writer:
             for entry in exported:
-                _export_entry(entry, stored, writer)
+                _export_entry(entry, stored, writer, more_vocab)
             if kept:
                 for name, theirs in kept_names.items():
                     writer.write(name, kept.read(theirs))
@@ -330,6 +336,8 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
             write_json(directory / TOWER / CONFIG, tower_config)
         if (source_dir / HF_FILES).is_dir():
             shutil.copytree(source_dir / HF_FILES, directory, dirs_exist_ok=True)
+        if finish is not None:
+            finish(directory)
     if left_out := [entry.name for entry in table.entries() if not entry.is_exported]:
         log.warning("left out, since dialect %s has no place for it: %s", dialect, ", ".join(left_out))
     return dialect
@@ -359,7 +367,19 @@ def _with_dtype(config: dict[str, Any], dtypes: set[torch.dtype]) -> dict[str, A
     return config | {key: name for key in ("dtype", "torch_dtype") if key in config}
 
 
-def _export_entry(entry: Entry, stored: "StoredTensors", writer: HfWriter) -> None:
+def _lengthened(entry: Entry, tensors: list[Tensor], more_vocab: int) -> list[Tensor]:
+    """A vocabulary with `more_vocab` rows behind it: their logits are means, which never exceed all others."""
+    if entry.tp != "vocab" or not more_vocab:
+        return tensors
+    means = (tensor.mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype) for tensor in tensors)
+    return [
+        torch.cat([tensor, mean.expand(more_vocab, *tensor.shape[1:])])
+        for tensor, mean in zip(tensors, means, strict=True)
+    ]
+
+
+def _export_entry(entry: Entry, stored: "StoredTensors", writer: HfWriter, more_vocab: int) -> None:
     """A function of its own so that its tensors are gone before the next one is read."""
-    for name, tensor in zip(entry.hf, entry.unpack(stored.read(entry.name)), strict=True):
+    tensors = _lengthened(entry, entry.unpack(stored.read(entry.name)), more_vocab)
+    for name, tensor in zip(entry.hf, tensors, strict=True):
         writer.write(name, tensor)
