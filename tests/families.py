@@ -53,4 +53,5 @@ VARIANTS = [
     Variant("vw_lmm/llama", "original"),
     Variant("vw_lmm/mistral", "original"),
     Variant("vw_lmm/pif", "original", named="vw_lmm_pif"),
+    Variant("mplug_owl2/llama", "original"),
 ]

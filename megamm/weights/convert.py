@@ -66,6 +66,8 @@ class FamilyTables(Protocol):
     def keys(self) -> Mapping[str, Callable[[Any], KeyMap]]: ...
     @property
     def start_keys(self) -> Callable[[Any], KeyMap] | None: ...
+    @property
+    def export_dialect(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +131,8 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
 
     `tower_dir` fills only tensors that `hf_dir` lacks, and the tower's sizes where config.json leaves them out. Nothing
     is read but names, shapes and dtypes, and every row is checked against them. Only where there is one family, what it
-    duplicates may be absent. CheckpointError: no family fits, or several do and the user must say which.
+    duplicates may be absent. Of several families that fit, the one whose own spelling it is counts (`export_dialect`).
+    CheckpointError: no family fits, or several do and the user must say which.
     """
     is_named = len(families) == 1
     families = families if is_named else [family for family in families if family.is_recognised]
@@ -147,8 +150,10 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
             found.append(checkpoint)
         except CheckpointError as error:
             refusals[family.name] = error
-    if len(found) == 1:
-        return found[0]
+    own = [checkpoint for checkpoint in found if checkpoint.info.dialect == checkpoint.family.export_dialect]
+    for fitting in (found, own):
+        if len(fitting) == 1:
+            return fitting[0]
     if found:
         names = ", ".join(checkpoint.family.name for checkpoint in found)
         raise CheckpointError(f"{hf_dir} fits more than one family: {names}. Say which with --family.")
@@ -163,16 +168,18 @@ def open_start(
 ) -> HfCheckpoint:
     """Open a plain llm and a plain vision tower as a model of `family`; what neither has is drawn, in the llm's dtype.
 
-    `hf_dir`: weights that count before those of both, such as a trained projector; its config.json, if it has one, says
-    what the model is. CheckpointError: anything that does not fit, and a tensor of the llm that the family has not.
+    `hf_dir`: weights that count before those of both, such as a trained projector, and a config.json that says what the
+    model is; either may be absent. CheckpointError: anything that does not fit, and a tensor of the llm that the family
+    has not.
     """
     llm_config, tower_config = read_config(llm_dir), read_config(tower_dir)
     llm, tower = HfSource(llm_dir), HfSource(tower_dir)
     source, config = HfSource.empty(), family.compose(llm_config, tower_config)
     if hf_dir is not None:
         _refuse_adapter(hf_dir)
-        source = HfSource(hf_dir)
-        config = read_config(hf_dir) if (Path(hf_dir) / CONFIG).exists() else config
+        has_config = (Path(hf_dir) / CONFIG).exists()
+        source = HfSource(hf_dir) if has_weights(hf_dir) or not has_config else source
+        config = read_config(hf_dir) if has_config else config
     keys = None if family.start_keys is None else {family.export_dialect: family.start_keys}
     checkpoint = _open_as(
         family, config, tower_config, source, (llm, tower), family.drawn, may_duplicate=True, keys=keys
@@ -278,13 +285,21 @@ def write_checkpoint(checkpoint: HfCheckpoint, output: str | Path, *file_dirs: s
         write_info(directory, checkpoint.info)
 
 
-def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Path, dialect: str | None = None) -> str:
+def export_hf(
+    checkpoint_dir: str | Path,
+    family: FamilyTables,
+    output: str | Path,
+    dialect: str | None = None,
+    more_vocab: int = 0,
+    finish: Callable[[Path], None] | None = None,
+) -> str:
     """Write the Hugging Face directory of a megamm checkpoint to `output`; returns its dialect.
 
     `dialect` None: the one imported from. The tower's tensors are among the rest, wherever they came from. Every
-    tensor keeps its stored dtype, a vocabulary loses its padding, kept tensors and files come back. Holds at most about
-    twice the largest tensor. CheckpointError: another family, an unknown dialect or one that cannot say this model,
-    tensors missing, unknown or of other shapes; then `output` is not made.
+    tensor keeps its stored dtype, a vocabulary loses its padding, kept tensors and files come back. `more_vocab` rows
+    are put behind every vocabulary, each the mean of its own. `finish` is called with the directory at last, before it
+    gets its name. Holds at most about twice the largest tensor. CheckpointError: another family, an unknown dialect or
+    one that cannot say this model, tensors missing, unknown or of other shapes; then `output` is not made.
     """
     source_dir = find_checkpoint(checkpoint_dir)
     info = read_info(source_dir)
@@ -304,7 +319,7 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
     infos: dict[str, TensorInfo] = {}
     exported = [entry for entry in table.entries() if entry.is_exported]
     for entry in exported:
-        metas = entry.unpack(stored.infos[entry.name].meta())
+        metas = _lengthened(entry, entry.unpack(stored.infos[entry.name].meta()), more_vocab)
         infos |= zip(entry.hf, map(TensorInfo.of, metas), strict=True)
     config = _with_dtype(config, {tensor.dtype for tensor in infos.values()})
 
@@ -317,7 +332,7 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
     with new_directory(output) as directory:
         with HfWriter(directory, infos) as writer:
             for entry in exported:
-                _export_entry(entry, stored, writer)
+                _export_entry(entry, stored, writer, more_vocab)
             if kept:
                 for name, theirs in kept_names.items():
                     writer.write(name, kept.read(theirs))
@@ -327,6 +342,8 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
             write_json(directory / TOWER / CONFIG, tower_config)
         if (source_dir / HF_FILES).is_dir():
             shutil.copytree(source_dir / HF_FILES, directory, dirs_exist_ok=True)
+        if finish is not None:
+            finish(directory)
     if left_out := [entry.name for entry in table.entries() if not entry.is_exported]:
         log.warning("left out, since dialect %s has no place for it: %s", dialect, ", ".join(left_out))
     return dialect
@@ -356,7 +373,19 @@ def _with_dtype(config: dict[str, Any], dtypes: set[torch.dtype]) -> dict[str, A
     return config | {key: name for key in ("dtype", "torch_dtype") if key in config}
 
 
-def _export_entry(entry: Entry, stored: "StoredTensors", writer: HfWriter) -> None:
+def _lengthened(entry: Entry, tensors: list[Tensor], more_vocab: int) -> list[Tensor]:
+    """A vocabulary with `more_vocab` rows behind it: their logits are means, which never exceed all others."""
+    if entry.tp != "vocab" or not more_vocab:
+        return tensors
+    means = (tensor.mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype) for tensor in tensors)
+    return [
+        torch.cat([tensor, mean.expand(more_vocab, *tensor.shape[1:])])
+        for tensor, mean in zip(tensors, means, strict=True)
+    ]
+
+
+def _export_entry(entry: Entry, stored: "StoredTensors", writer: HfWriter, more_vocab: int) -> None:
     """A function of its own so that its tensors are gone before the next one is read."""
-    for name, tensor in zip(entry.hf, entry.unpack(stored.read(entry.name)), strict=True):
+    tensors = _lengthened(entry, entry.unpack(stored.read(entry.name)), more_vocab)
+    for name, tensor in zip(entry.hf, tensors, strict=True):
         writer.write(name, tensor)

@@ -29,7 +29,7 @@ def hf_to_megatron(
     Args:
         output: Directory to write; must not exist yet, or be empty.
         hf: Directory of a checkpoint: config.json and safetensors or .bin files, single or sharded. With --llm: one
-            that holds only a projector, such as mm_projector.bin.
+            that holds only a projector, such as mm_projector.bin, or only a config.json that says what the model is.
         family: Family of the model. By default the only one whose configuration and key names fit.
         tower: Directory of a separately published vision tower; fills only the tensors that `hf` lacks.
         llm: Directory of a plain decoder; its tokenizer becomes the model's.
