@@ -50,8 +50,8 @@ def read(config: dict[str, Any], tower_config: dict[str, Any] | None = None) -> 
         )
     if tower_config is not None and (size := vision_config(tower_config).get("image_size")) != vision.image_size:
         raise CheckpointError(
-            f"the tower is made for pictures of {size} pixels, the model of config.json for {vision.image_size}; give a "
-            "tower of that size, or import it with --image-size"
+            f"the tower is made for pictures of {size} pixels, the model of config.json for {vision.image_size}; "
+            "give a tower of that size, or import with --image-size"
         )
     return VlmOptions(
         family="mplug_owl2",

@@ -210,9 +210,11 @@ def open_start(
 
 
 def with_image_size(checkpoint: HfCheckpoint, image_size: int) -> HfCheckpoint:
-    """The same model for pictures of another size, in pixels: the tower's positions are interpolated. What is stored and
-    never computed with is left out, for it may depend on the old size. CheckpointError: the family cannot, or the size
-    makes no square of patches."""
+    """The same model for pictures of another size, in pixels: the tower's positions are interpolated.
+
+    What is stored and never computed with is left out, for it may depend on the old size. CheckpointError: the family
+    cannot, or the size is none for its tower.
+    """
     family, info = checkpoint.family, checkpoint.info
     if family.resized is None:
         raise CheckpointError(f"the pictures of family {family.name} have the size that its tower was made for")
