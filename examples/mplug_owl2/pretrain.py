@@ -1,7 +1,8 @@
 """mPLUG-Owl2-7B, stage 1: tower, abstractor and the visual way of the llm learn captions; the text way is frozen.
 
 Numbers: arXiv 2311.04257 (hyper-parameter table of the appendix), for about 400 million pairs. What is not published
-and what differs stands in README.md beside this file.
+and what differs stands in README.md beside this file. Pictures have the 224 pixels of the start's tower; config-7b.json
+counts only where there is no start.
 """
 
 from pathlib import Path

@@ -2,12 +2,13 @@
 # mPLUG-Owl2 from Llama 2, CLIP, captions and conversations to a Hugging Face export.
 #
 #   examples/mplug_owl2/run.sh --llm DIR --tower DIR --pretrain-json FILE --pretrain-images DIR \
-#       --sft-json FILE --sft-images DIR --output DIR [-- --parallel.tp 8 ...]
+#       --sft-json FILE --sft-images DIR --output DIR [--image-size 448] [-- --parallel.tp 8 ...]
 #
-# --llm, --tower     meta-llama/Llama-2-7b-hf and openai/clip-vit-large-patch14-336
+# --llm, --tower     meta-llama/Llama-2-7b-hf and openai/clip-vit-large-patch14
 # --pretrain-json    captions in LLaVA's form, such as blip_laion_cc_sbu_558k.json; pictures under --pretrain-images
 # --sft-json         conversations in LLaVA's form, such as llava_v1_5_mix665k.json; pictures under --sft-images
 # --output           folder for all that is made; the result is in its export/
+# --image-size       side of the pictures of the second stage, in pixels; those of the first are the tower's
 # What follows -- goes to both trainings. PROCESSES and NODES are those of examples/launch/torchrun.sh.
 #
 # Started again, it goes on where it stopped.
@@ -18,8 +19,8 @@ fail() {
     exit 1
 }
 
-declare -A given=()
-names="llm tower pretrain-json pretrain-images sft-json sft-images output"
+declare -A given=([image-size]=448)
+names="llm tower pretrain-json pretrain-images sft-json sft-images output image-size"
 while (($#)) && [[ $1 != -- ]]; do
     [[ $1 == --* && " $names " == *" ${1#--} "* ]] || fail "$1: no such option; there are --${names// / --}"
     (($# > 1)) || fail "$1: what it stands for is missing"
@@ -61,5 +62,9 @@ preprocess sft
 [[ -e $out/start ]] || "$python" tools/checkpoint/hf_to_megatron.py --llm "${given[llm]}" --tower "${given[tower]}" \
     --family mplug_owl2 --seed 42 --output "$out/start"
 train pretrain "$out/start" "$@"
-train sft "$out/pretrain" "$@"
+[[ -e $out/pretrained-hf ]] || "$python" tools/checkpoint/megatron_to_hf.py --checkpoint "$out/pretrain" \
+    --output "$out/pretrained-hf"
+[[ -e $out/pretrained ]] || "$python" tools/checkpoint/hf_to_megatron.py --hf "$out/pretrained-hf" --family mplug_owl2 \
+    --image-size "${given[image-size]}" --output "$out/pretrained"
+train sft "$out/pretrained" "$@"
 [[ -e $out/export ]] || "$python" tools/checkpoint/megatron_to_hf.py --checkpoint "$out/sft" --output "$out/export"

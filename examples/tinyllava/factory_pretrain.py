@@ -1,6 +1,6 @@
 """TinyLLaVA_Factory, stage 1, for any of its decoders: align the projector on 558k captions; tower and llm are frozen.
 
-Numbers: arXiv 2405.11788 and the authors' scripts/train/{phi,tinyllama,stablelm,qwen2}/pretrain_*.sh. Another decoder:
+Numbers: the authors' scripts/train/pretrain.sh and scripts/train/qwen2/pretrain_qwen2.sh. Another decoder:
 `--model.config examples/tinyllava/factory-qwen2/config.json` and a start made of it.
 """
 

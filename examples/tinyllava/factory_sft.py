@@ -1,6 +1,6 @@
 """TinyLLaVA_Factory, stage 2: instruction tuning on the 665k mix; the tower is frozen.
 
-Numbers: arXiv 2405.11788 and the authors' scripts/train/{phi,tinyllama,stablelm,qwen2}/finetune_*.sh.
+Numbers: the authors' scripts/train/finetune.sh and scripts/train/qwen2/finetune_qwen2.sh.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """TinyLLaVA, stage 1 of both recipes: align the projector on 558k captions; tower and llm are frozen.
 
-Numbers: arXiv 2402.14289, section 4.1, and the authors' scripts/tiny_llava/pretrain.sh (Phi-2 and SigLIP).
+Numbers: the authors' scripts/tiny_llava/pretrain.sh (Phi-2 and SigLIP).
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """TinyLLaVA, last stage of the base recipe: instruction tuning on the 665k mix; the tower is frozen.
 
-Numbers: arXiv 2402.14289, section 4.1, and the authors' scripts/tiny_llava/finetune.sh (Phi-2 and SigLIP).
+Numbers: the authors' scripts/tiny_llava/finetune.sh (Phi-2 and SigLIP).
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """TinyLLaVA, stage 2 of the share recipe: 1.246 million ShareGPT4V captions; llm, projector and the tower from its
 layer 12 upwards are trained, the layers before it and the embedding are frozen.
 
-Numbers: arXiv 2402.14289, section 4.1; the authors' switch is `tune_vit_from_layer`.
+Numbers: arXiv 2402.14289; the authors' switch is `tune_vit_from_layer`.
 """
 
 from pathlib import Path

@@ -145,12 +145,14 @@ class VLM(MegatronModule):
 
     def flatten_features(self, visual_PIH: Tensor) -> Tensor:
         """Visual tokens [P, I, H] as rows [R, 1, H], image after image, as `Batch.rows_K` counts them. Under sequence
-        parallelism padded with zeros to a multiple of tp, and scattered like the hidden states."""
+        parallelism padded with zeros to a multiple of tp, and scattered like the hidden states; in FP8, whose linears
+        want that, every rank's share padded to a multiple of 16."""
         rows_R1H = visual_PIH.transpose(0, 1).reshape(-1, 1, visual_PIH.size(-1))
-        if not self.config.sequence_parallel:
-            return rows_R1H
-        padding = -rows_R1H.size(0) % self.config.tensor_model_parallel_size
-        return scatter_to_sequence_parallel_region(F.pad(rows_R1H, (0, 0, 0, 0, 0, padding)))
+        is_scattered = self.config.sequence_parallel
+        shares = self.config.tensor_model_parallel_size if is_scattered else 1
+        padding = -rows_R1H.size(0) % (shares * (16 if self.config.fp8 else 1))
+        rows_R1H = F.pad(rows_R1H, (0, 0, 0, 0, 0, padding)) if padding else rows_R1H
+        return scatter_to_sequence_parallel_region(rows_R1H) if is_scattered else rows_R1H
 
     def local_length(self, batch: Batch) -> int:
         """S of the hidden states on this rank."""

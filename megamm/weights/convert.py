@@ -38,9 +38,13 @@ from megamm.weights.hf import (
     write_json,
 )
 from megamm.weights.keymap import Entry, KeyMap, fill, match
+from megamm.weights.positions import resize_positions
 from megamm.weights.torch_dist import StoredTensors, save_torch_dist
 
 log = get_logger(__name__)
+
+POSITIONS = "vision.position_embedding"
+"""Canonical name of the tower's learned positions, whose number follows from the size of the pictures."""
 
 
 class FamilyTables(Protocol):
@@ -65,7 +69,7 @@ class FamilyTables(Protocol):
     @property
     def keys(self) -> Mapping[str, Callable[[Any], KeyMap]]: ...
     @property
-    def export_dialect(self) -> str: ...
+    def resized(self) -> Callable[[dict[str, Any], int], dict[str, Any]] | None: ...
     @property
     def start_keys(self) -> Callable[[Any], KeyMap] | None: ...
 
@@ -86,6 +90,8 @@ class HfCheckpoint:
     seed: int = 0
     duplicated: Mapping[str, str] = field(default_factory=dict)
     """Canonical names that no directory has -> those whose weights they begin with."""
+    is_resized: bool = False
+    """Whether the tower's positions were made for pictures of another size, and are interpolated."""
 
     def load(self, name: str) -> Tensor:
         """The global tensor of a canonical name, in its source dtype, vocabulary padded."""
@@ -93,15 +99,22 @@ class HfCheckpoint:
         entry = self.table[name]
         if name in self.drawn:
             return draw(name, entry.shape, self.seed, entry.std).to(self.drawn[name].dtype)
-        return entry.pack([self.source.read(key) for key in entry.hf])
+        tensors = [self.source.read(key) for key in entry.hf]
+        if self.is_resized and name == POSITIONS:
+            tensors = [resize_positions(*pair) for pair in zip(tensors, entry.hf_shapes, strict=True)]
+        return entry.pack(tensors)
 
     def metas(self) -> dict[str, Tensor]:
         """Every canonical tensor without data. CheckpointError: dtypes that do not fit together."""
         infos = self.source.infos
+
+        def dtypes(entry: Entry) -> list[torch.dtype]:
+            return [infos[key].dtype for key in entry.hf]
+
         found = {
             entry.name: self.drawn[entry.name].meta()
             if entry.name in self.drawn
-            else entry.pack([infos[key].meta() for key in entry.hf])
+            else entry.pack([TensorInfo(*pair).meta() for pair in zip(entry.hf_shapes, dtypes(entry), strict=True)])
             for entry in self.table.entries()
             if entry.name not in self.duplicated
         }
@@ -131,7 +144,8 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
 
     `tower_dir` fills only tensors that `hf_dir` lacks, and the tower's sizes where config.json leaves them out; by
     default it is `hf_dir`/vision_tower, where there is one, as an export has it. Nothing is read but names, shapes and
-    dtypes, and every row is checked against them. Only where there is one family, what it duplicates may be absent.
+    dtypes, and every row is checked against them. Only where there is one family, what it duplicates may be absent. Of
+    several families that fit, the one whose own spelling it is counts (`export_dialect`).
     CheckpointError: no family fits, or several do and the user must say which.
     """
     is_named = len(families) == 1
@@ -152,8 +166,10 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
             found.append(checkpoint)
         except CheckpointError as error:
             refusals[family.name] = error
-    if len(found) == 1:
-        return found[0]
+    own = [checkpoint for checkpoint in found if checkpoint.info.dialect == checkpoint.family.export_dialect]
+    for fitting in (found, own):
+        if len(fitting) == 1:
+            return fitting[0]
     if found:
         names = ", ".join(checkpoint.family.name for checkpoint in found)
         raise CheckpointError(f"{hf_dir} fits more than one family: {names}. Say which with --family.")
@@ -199,6 +215,31 @@ def open_start(
     checkpoint = replace(checkpoint, drawn=drawn, seed=seed)
     checkpoint.metas()
     return checkpoint
+
+
+def with_image_size(checkpoint: HfCheckpoint, image_size: int) -> HfCheckpoint:
+    """The same model for pictures of another size, in pixels: the tower's positions are interpolated.
+
+    What is stored and never computed with is left out, for it may depend on the old size. CheckpointError: the family
+    cannot, or the size is none for its tower.
+    """
+    family, info = checkpoint.family, checkpoint.info
+    if family.resized is None:
+        raise CheckpointError(f"the pictures of family {family.name} have the size that its tower was made for")
+    config = family.resized(info.hf_config, image_size)
+    options = family.read(config, None)
+    spellings = [*family.keys.values(), *([family.start_keys] if family.start_keys else [])]
+    make = next(make for make in spellings if make(checkpoint.options).hf_names == checkpoint.table.hf_names)
+    table = make(options)
+    source = checkpoint.source.renamed({name: name for name in checkpoint.source.infos if name in table.hf_names})
+    return replace(
+        checkpoint,
+        info=replace(info, hf_config=config, tower_config=None),
+        options=options,
+        table=table,
+        source=source,
+        is_resized=True,
+    )
 
 
 def _open_tower(tower_dir: str | Path | None) -> tuple[dict[str, Any] | None, tuple[HfSource, ...]]:

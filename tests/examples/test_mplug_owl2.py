@@ -100,7 +100,7 @@ def test_the_whole_way_from_weights_and_conversations_to_an_export(inputs: dict[
     """Two steps of each stage, tiny: the visual way is trained twice, the text way in the second stage only."""
     options = "--train.steps 2 --train.global-batch 4 --train.micro-batch 2 --parallel.tp 1 --parallel.pp 2 "
     options += "--parallel.no-sequence-parallel --train.precision fp32 --data.num-workers 0 --data.max-tokens 256"
-    done = run(inputs, "--", *options.split(), processes=2)
+    done = run(inputs, "--image-size", "56", "--", *options.split(), processes=2)
     assert done.returncode == 0, done.stderr
     for stage in ("pretrain", "sft"):
         assert len((inputs["output"] / stage / "log.jsonl").read_text().splitlines()) == 2
@@ -109,7 +109,9 @@ def test_the_whole_way_from_weights_and_conversations_to_an_export(inputs: dict[
     before = LlamaForCausalLM.from_pretrained(inputs["llm"]).get_parameter(f"{name}.weight")
     text, visual = ((before - found[f"{name}.multiway.{way}.weight"]).abs().max() for way in (0, 1))
     assert 0 < text < visual
-    again = run(inputs, "--", *options.split(), processes=2)
+    positions = found["model.vision_model.embeddings.position_embedding"]
+    assert positions.shape == (1, 1 + 4 * 4, 32), "the second stage sees larger pictures"
+    again = run(inputs, "--image-size", "56", "--", *options.split(), processes=2)
     assert again.returncode == 0 and "nothing to do" in again.stderr
 
 
