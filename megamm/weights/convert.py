@@ -129,7 +129,8 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
 
     `tower_dir` fills only tensors that `hf_dir` lacks, and the tower's sizes where config.json leaves them out. Nothing
     is read but names, shapes and dtypes, and every row is checked against them. Only where there is one family, what it
-    duplicates may be absent. CheckpointError: no family fits, or several do and the user must say which.
+    duplicates may be absent. Of several families that fit, the one whose own spelling it is counts (`export_dialect`).
+    CheckpointError: no family fits, or several do and the user must say which.
     """
     is_named = len(families) == 1
     families = families if is_named else [family for family in families if family.is_recognised]
@@ -147,8 +148,10 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
             found.append(checkpoint)
         except CheckpointError as error:
             refusals[family.name] = error
-    if len(found) == 1:
-        return found[0]
+    own = [checkpoint for checkpoint in found if checkpoint.info.dialect == checkpoint.family.export_dialect]
+    for fitting in (found, own):
+        if len(fitting) == 1:
+            return fitting[0]
     if found:
         names = ", ".join(checkpoint.family.name for checkpoint in found)
         raise CheckpointError(f"{hf_dir} fits more than one family: {names}. Say which with --family.")
