@@ -1,25 +1,22 @@
-"""Records -> documents of an indexed dataset: what preprocessing does to each sample, in any number of processes."""
+"""Records -> documents of an indexed dataset: what preprocessing does to each sample."""
 
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from megamm.data.faults import SampleFault
-from megamm.data.image import verify
-from megamm.data.sources import Fault, Record, read_image
+from megamm.data.faults import Fault, SampleFault
+from megamm.data.image import reencode, verify
+from megamm.data.prompts import check_style, with_prompt
+from megamm.data.sources.files import read_image
+from megamm.data.sources.record import MARKER, Media, Record
 from megamm.data.template import template
 from megamm.data.text import tokenise
 from megamm.data.tokenizer import load_tokenizer
 from megamm.errors import DataError
-
-CHUNK = 16
-"""Records that travel to a process at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +27,13 @@ class Recipe:
     tokenizer_dir: Path
     template: str
     marker: str
+    """The model's; in sources a picture is `<image>`, or spelt like this."""
+    prompt_style: str = "none"
+    """One of prompts.STYLES."""
+    max_side: int | None = None
+    """Pixels; larger pictures are scaled down. None: pictures keep their bytes."""
+    quality: int | None = None
+    """1 to 100; every picture becomes a JPEG of it. None: pictures keep their bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,8 @@ class Document:
     ids: np.ndarray
     """int32 [T]; one IMAGE per picture."""
     images: list[bytes]
-    """Compressed pictures, as their files have them; each has been decoded once to see that it can be."""
+    """Compressed pictures, as their files have them unless the recipe re-encodes them; each has been decoded once to
+    see that it can be."""
     spans: np.ndarray
     """int32 [N, 2]; target spans over `ids`."""
 
@@ -52,8 +57,9 @@ class Preparer:
         self.tokenizer = load_tokenizer(recipe.tokenizer_dir)
         self._template = template(recipe.template)
         self._template.check(self.tokenizer)
+        check_style(recipe.prompt_style)
         self._image_dir = recipe.image_dir.resolve()
-        self._marker = recipe.marker
+        self._recipe = recipe
         if not self._image_dir.is_dir():
             raise DataError(f"{recipe.image_dir}: no such directory; --image-dir is where the pictures' paths begin")
 
@@ -61,57 +67,34 @@ class Preparer:
         """The document of a record, or why there is none."""
         if isinstance(record, Fault):
             return record
+        marker = self._recipe.marker
         try:
-            ids, spans = tokenise(record.turns, len(record.images), self._template, self.tokenizer, self._marker)
-            images = [read_image(self._image_dir, name) for name in record.images]
-            for name, image in zip(record.images, images, strict=True):
-                try:
-                    verify(image)
-                except SampleFault as fault:
-                    raise SampleFault(fault.reason, f"{name}: {fault.detail}") from fault
+            if record.videos:
+                raise SampleFault("video", f"{len(record.videos)} of them")
+            turns = [(role, text.replace(MARKER, marker)) for role, text in record.turns]
+            turns = with_prompt(turns, self._recipe.prompt_style)
+            ids, spans = tokenise(turns, len(record.images), self._template, self.tokenizer, marker)
+            images = [self._image(image, f"picture {i}") for i, image in enumerate(record.images, start=1)]
         except SampleFault as fault:
             return Fault(record.where, fault)
         return Document(ids, images, spans)
 
-
-def prepare(records: Iterable[Record | Fault], recipe: Recipe, workers: int) -> Iterator[Document | Fault]:
-    """Documents and faults in the order of the records, whatever the number of processes; 1 works in this one.
-
-    Raises DataError where a process dies.
-    """
-    if workers <= 1:
-        yield from map(Preparer(recipe), records)
-        return
-    stream = iter(records)
-    pending: deque[Future[list[Document | Fault]]] = deque()
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(recipe,)) as pool:
+    def _image(self, image: Media, name: str) -> bytes:
+        if isinstance(image, str):
+            name, image = image, read_image(self._image_dir, image)
         try:
-            while True:
-                # Bounded: pictures of records far ahead must not fill the memory while a slow chunk is waited for.
-                while len(pending) < 4 * workers and (chunk := list(islice(stream, CHUNK))):
-                    pending.append(pool.submit(_run, chunk))
-                if not pending:
-                    return
-                yield from pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise DataError(f"--workers: a process died ({error}); is memory full? Try fewer") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            verify(image)
+            return reencode(image, self._recipe.max_side, self._recipe.quality)
+        except SampleFault as fault:
+            raise SampleFault(fault.reason, f"{name}: {fault.detail}") from fault
+
+
+@lru_cache(maxsize=1)
+def preparer(recipe: Recipe) -> Preparer:
+    """The Preparer of a recipe, made once per process: a tokenizer is too slow to load per piece."""
+    return Preparer(recipe)
 
 
 def count_faults(faults: Iterable[Fault]) -> dict[str, int]:
     """Number of faults by reason, the commonest first."""
     return dict(Counter(fault.fault.reason for fault in faults).most_common())
-
-
-_preparer: Preparer
-"""Of a worker process; set once by its initializer, because a tokenizer is too slow to load per chunk."""
-
-
-def _start(recipe: Recipe) -> None:
-    global _preparer
-    _preparer = Preparer(recipe)
-
-
-def _run(chunk: list[Record | Fault]) -> list[Document | Fault]:
-    return [_preparer(record) for record in chunk]

@@ -26,7 +26,7 @@ def tokenise(
     any tokenizer. Targets come from where each token stands in the text, so they are right where the authors' counting
     fails and drops the sample. Raises SampleFault.
     """
-    rounds = _rounds([(role, _one_marker_in_front(text, marker)) for role, text in turns])
+    rounds = _rounds(_place_markers(turns, num_images, marker))
     text, ranges = template.render(rounds, marker)
     pieces = text.split(marker)
     if len(pieces) - 1 != num_images:
@@ -69,6 +69,14 @@ def expand(
         np.repeat(labels, repeats)[:max_tokens],
         num_images,
     )
+
+
+def _place_markers(turns: list[Turn], num_images: int, marker: str) -> list[Turn]:
+    """The authors' rule wherever it fits; the markers as written where only that fits: pictures between the text."""
+    in_front = [(role, _one_marker_in_front(text, marker)) for role, text in turns]
+    if sum(text.count(marker) for _, text in in_front) == num_images:
+        return in_front
+    return turns if sum(text.count(marker) for _, text in turns) == num_images else in_front
 
 
 def _one_marker_in_front(text: str, marker: str) -> str:

@@ -58,7 +58,7 @@ def inputs(tmp_path, tokenizer):
         items.append({"id": str(i), "image": f"{i}.jpg", "conversations": turns})
     (tmp_path / "llava.json").write_text(json.dumps(items))
     return {
-        "input": tmp_path / "llava.json",
+        "input": (tmp_path / "llava.json",),
         "image_dir": tmp_path / "images",
         "family": "llava",
         "tokenizer": tokenizer,
@@ -94,8 +94,8 @@ def test_number_of_processes_does_not_show(script, inputs):
 
 
 def test_plain_template_and_json_lines(script, inputs):
-    items = json.loads(inputs["input"].read_text())
-    inputs["input"].write_text("\n".join(json.dumps(item) for item in items))
+    items = json.loads(inputs["input"][0].read_text())
+    inputs["input"][0].write_text("\n".join(json.dumps(item) for item in items))
     script.main(script.Options(**inputs, template="plain"))
     reader = Reader(inputs["output"])
     ids, spans = reader.text(0)
@@ -112,7 +112,7 @@ def test_too_many_bad_samples_write_nothing_but_their_list(script, inputs):
     ("content", "message"), [([], "holds no samples"), ([{}, {}], "2 of 2 samples cannot be used")], ids=["none", "bad"]
 )
 def test_nothing_usable_is_an_error_at_any_max_bad(content, message, script, inputs):
-    inputs["input"].write_text(json.dumps(content))
+    inputs["input"][0].write_text(json.dumps(content))
     with pytest.raises(DataError, match=message):
         script.main(script.Options(**(inputs | {"max_bad": 1.0})))
 
@@ -124,7 +124,7 @@ def test_nothing_usable_is_an_error_at_any_max_bad(content, message, script, inp
         ({"template": "vicuna"}, "template: unknown name 'vicuna'"),
         ({"tokenizer": Path("absent")}, "absent: holds no tokenizer"),
         ({"image_dir": Path("absent")}, "absent: no such directory"),
-        ({"input": Path("absent.json")}, "absent.json: not LLaVA JSON"),
+        ({"input": (Path("absent.json"),)}, "absent.json: no such file"),
         ({"max_bad": 1.5}, "--max-bad: 1.5 is no share"),
     ],
 )
@@ -170,7 +170,7 @@ def test_unusual_pictures_are_no_faults(script, inputs):
         (inputs["image_dir"] / f"{name}.jpg").write_bytes(make())
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": name}]
         items.append({"image": f"{name}.jpg", "conversations": turns})
-    inputs["input"].write_text(json.dumps(items))
+    inputs["input"][0].write_text(json.dumps(items))
     script.main(script.Options(**(inputs | {"max_bad": 0.0})))
     reader = Reader(inputs["output"])
     assert reader.info["skipped"] == {} and len(reader) == len(UNUSUAL)
@@ -209,7 +209,7 @@ def test_faults_are_skipped_counted_and_listed_and_end_the_run_above_max_bad(scr
         (inputs["image_dir"] / f"{name}.jpg").write_bytes(content)
     good = {"image": "1.jpg", "conversations": TURNS}
     faulty = [good | changes for changes, _ in FAULTY.values()]
-    inputs["input"].write_text(json.dumps([good, *faulty, good, good]))
+    inputs["input"][0].write_text(json.dumps([good, *faulty, good, good]))
     share = len(faulty) / (len(faulty) + 3)
 
     script.main(script.Options(**(inputs | {"max_bad": share})))
@@ -231,7 +231,8 @@ def test_faults_are_skipped_counted_and_listed_and_end_the_run_above_max_bad(scr
 
 
 def test_command_line_ends_with_a_message_and_a_status(inputs):
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in inputs.items() if name != "max_bad"]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in inputs.items() if name not in ("max_bad", "input")]
+    options += ["--input", *inputs["input"]]
     command, environment = [sys.executable, SCRIPT, *options], os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -241,7 +242,7 @@ def test_command_line_ends_with_a_message_and_a_status(inputs):
 def test_every_real_photograph_decodes(script, inputs, tmp_path):
     if not OWLEVAL.is_dir():
         pytest.skip(f"no OwlEval pictures at {OWLEVAL}; set MEGAMM_OWLEVAL")
-    changes = {"input": OWLEVAL / "llava.json", "image_dir": OWLEVAL / "images", "max_bad": 0.0}
+    changes = {"input": (OWLEVAL / "llava.json",), "image_dir": OWLEVAL / "images", "max_bad": 0.0}
     script.main(script.Options(**(inputs | changes), workers=2))
     items = json.loads((OWLEVAL / "llava.json").read_text())
     reader = Reader(inputs["output"])
