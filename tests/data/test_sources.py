@@ -45,7 +45,9 @@ def test_list_and_lines_give_the_same_records(lines, bom, tmp_path):
 def test_a_list_is_cut_at_its_items_wherever_the_blocks_end(block, indent, tmp_path, monkeypatch):
     monkeypatch.setattr("megamm.data.sources.json_file._BLOCK", block)
     texts = ['"', "\\", '\\"', "a\\\\", "][", "}{,", "\u00e9\u4e2d", '["', "\n"]
-    items = [{"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text * 3}]} for text in texts]
+    items = [
+        {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text * 3}]} for text in texts
+    ]
     path = tmp_path / "set.json"
     path.write_text(json.dumps(items, indent=indent, ensure_ascii=False), encoding="utf-8")
     assert [record.turns for record in records(path)] == [[("human", text), ("gpt", text * 3)] for text in texts]
@@ -107,11 +109,12 @@ PARTS = {
 @pytest.mark.parametrize("kind", PARTS)
 def test_openai_messages(kind, tmp_path):
     content, images, question = PARTS[kind]
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
+    ]
     found = one(tmp_path, {"messages": messages})
-    assert found == Record(
-        where="set.json item 1", id="", images=images, turns=[("human", question), ("gpt", "Yes")]
-    )
+    assert found == Record(where="set.json item 1", id="", images=images, turns=[("human", question), ("gpt", "Yes")])
 
 
 def test_pictures_beside_messages_belong_to_their_parts_in_order(tmp_path):
@@ -122,7 +125,10 @@ def test_pictures_beside_messages_belong_to_their_parts_in_order(tmp_path):
 
 
 def test_videos_are_carried(tmp_path):
-    messages = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, {"role": "assistant", "content": "?"}]
+    messages = [
+        {"role": "user", "content": [{"type": "video", "video": "a.mp4"}]},
+        {"role": "assistant", "content": "?"},
+    ]
     assert one(tmp_path, {"messages": messages}).videos == ["a.mp4"]
     assert one(tmp_path, TEXT_ONLY | {"video": "b.mp4"}).videos == ["b.mp4"]
     assert one(tmp_path, TEXT_ONLY | {"videos": ["b.mp4", "c.mp4"]}).videos == ["b.mp4", "c.mp4"]

@@ -65,4 +65,5 @@ def _opened(path: Path) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet ({error}); fetch it again") from error
+        reason = " ".join(str(error).split())  # it comes in several lines
+        raise DataError(f"{path}: not readable as Parquet ({reason}); fetch it again") from error
