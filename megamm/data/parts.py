@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -28,6 +29,9 @@ from megamm.errors import DataError
 
 LAYOUT_VERSION = 1
 """Of the directory; a run refuses the leftovers of another."""
+
+PATIENCE_S = 2.0
+"""The processes of a run that was killed share its lock, and end a moment after it."""
 
 _RUN, _MERGED = "run.json", "merged.bin"
 _OURS = re.compile(r"run\.json|merged\.\w+|\d{6,}\.(bin|json)|.*\.tmp")
@@ -222,6 +226,7 @@ class Parts:
 def _lock(directory: Path) -> Any:
     """An open file that no other process has locked. The lock ends with this process, however that ends."""
     path = directory / "lock"
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         file = path.open("ab")
@@ -234,6 +239,9 @@ def _lock(directory: Path) -> Any:
             file.close()
         except BlockingIOError:
             file.close()
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
             raise DataError(
                 f"{directory}: another run is writing this output; wait until it ends, or choose another --output"
             ) from None

@@ -63,7 +63,7 @@ def processes(workers: int, mpi: bool) -> Iterator[Pool | None]:
                     f"--workers: a process died ({error}); is memory full? Try fewer: finished parts are kept"
                 ) from error
             finally:
-                executor.shutdown(wait=False, cancel_futures=True)
+                executor.shutdown(cancel_futures=True)
 
 
 def in_order(pool: Pool, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, Future[R]]]:

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 
 import pytest
 
@@ -123,17 +124,15 @@ def test_compressed_tars_are_refused(tmp_path):
 
 
 def test_nothing_is_held_of_members_that_were_passed(tmp_path):
-    import tracemalloc
-
     peaks = []
-    for count in (2_000, 8_000):
+    for count in (500, 4_000):
         write(tmp_path / "set.tar", [(f"{i}.txt", b"x") for i in range(count)])
         source = Source([tmp_path / "set.tar"])
         tracemalloc.start()
         assert sum(1 for _ in source) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.2 * peaks[0]
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_a_tar_without_its_end_blocks_is_whole(tmp_path):

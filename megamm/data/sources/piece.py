@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megamm.errors import DataError
+
 PIECE_RECORDS = 256
 PIECE_BYTES = 32 * 2**20
 """A piece is closed when it holds this many records, or when what must be read for them is this much."""
@@ -30,7 +32,16 @@ def cut(path: Path, records: Iterable[tuple[str, tuple[Span, ...]]], file_size: 
     """Successive records of a file -> its pieces, the same ones every time."""
     held: list[tuple[str, tuple[Span, ...]]] = []
     num_bytes = begin = 0
-    for name, spans in records:
+    stream = iter(records)
+    while True:
+        try:
+            name, spans = next(stream)
+        except StopIteration:
+            break
+        except DataError:
+            if held:  # a damaged file, of which this much can still be looked at
+                yield Piece(path, tuple(held), file_size - begin)
+            raise
         first = min((start for _, start, _ in spans), default=begin)
         length = sum(length for _, _, length in spans)
         if held and (len(held) == PIECE_RECORDS or num_bytes + length > PIECE_BYTES):
