@@ -7,8 +7,9 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -20,6 +21,8 @@ from megamm.data.pool import Pool, processes
 from megamm.data.prepare import Recipe, preparer
 from megamm.data.progress import progress
 from megamm.data.sources import Source
+from megamm.data.tokenizer import Tokenizer
+from megamm.data.views import ViewRules
 from megamm.errors import DataError, MegammError
 
 
@@ -45,6 +48,19 @@ class Options:
     """Conversation format; default: the family's for sft. `plain` is the one for pretraining the projector."""
     prompt_style: str = "none"
     """Prompt put behind questions of its kind: none, short_answer, multiple_choice or multiple_choice_owl."""
+    marker: str | None = None
+    """Text that stands for a picture in the conversations, beside `<image>`; default: the family's."""
+    cut: Literal["none", "single", "all"] = "none"
+    """Which still pictures are cut into tiles, for a template that keeps markers in place: none, the only one of a
+    sample (mPLUG-Owl3 until October 2024 was trained so), or all (since)."""
+    view_text: Literal["v2", "v3"] = "v2"
+    """How tiles and video frames are announced: as mPLUG-Owl3 did until October 2024, or since."""
+    tile_size: int = 384
+    """Side of a tile in pixels: the image_size of the model's vision_config."""
+    max_frames: int = 16
+    """Frames of a video: one a second, at most so many."""
+    max_views: int | None = None
+    """Pictures of a sample, tiles and frames counted; samples with more are skipped. Default: no limit."""
     workers: int = 1
     """Processes. The output does not depend on it."""
     mpi: bool = False
@@ -77,21 +93,30 @@ def _preprocess(options: Options, pool: Pool) -> None:
         image_dir=options.image_dir,
         tokenizer_dir=options.tokenizer,
         template=options.template or model.template,
-        marker=model.marker,
+        marker=options.marker or model.marker,
+        views=ViewRules(
+            cut=options.cut,
+            text=options.view_text,
+            tile_size=options.tile_size,
+            max_frames=options.max_frames,
+            max_views=options.max_views,
+        ),
         prompt_style=options.prompt_style,
         max_side=options.max_side,
         quality=options.reencode,
     )
     tokenizer = preparer(recipe).tokenizer  # also says now, and not in some process later, what does not fit
     source = Source(list(options.input), options.format)
-    made_by = {
+    made_by: dict[str, Any] = {
         "family": options.family,
         "template": recipe.template,
         "tokenizer": {"file": tokenizer.name, "hash": tokenizer.hash},
     }
     settings = {"prompt_style": recipe.prompt_style, "max_side": recipe.max_side, "reencode": recipe.quality}
     made_by |= {name: value for name, value in settings.items() if value not in ("none", None)}
-    leftovers = {"input": source.stamps(), "image_dir": str(options.image_dir.resolve()), **made_by}
+    made_by |= _of_views(recipe, model.placeholder, tokenizer)
+    reads = {"image_dir": str(options.image_dir.resolve()), "marker": recipe.marker, "views": asdict(recipe.views)}
+    leftovers = {"input": source.stamps(), **reads, **made_by}
     console = Console(stderr=True)
     with Parts(options.output, leftovers) as parts:
         if parts.merged:
@@ -125,9 +150,18 @@ def _check(options: Options) -> None:
         ("image-tokens", options.image_tokens, None),
         ("max-side", options.max_side, None),
         ("reencode", options.reencode, 100),
+        ("tile-size", options.tile_size, None),
+        ("max-frames", options.max_frames, None),
     ):
         if value is not None and (value < 1 or (most is not None and value > most)):
             raise DataError(f"--{name}: {value}; give a number from 1{f' to {most}' if most else ' on'}")
+
+
+def _of_views(recipe: Recipe, placeholder: str | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the loader must know where a family's visual tokens are no part of the sequence."""
+    if placeholder is None:
+        return {}
+    return {"placeholder": tokenizer.encode(placeholder, bos=False), "views": asdict(recipe.views)}
 
 
 def _check_share(parts: Parts, total: int, options: Options, skipped: dict[str, int]) -> None:

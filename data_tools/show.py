@@ -50,12 +50,11 @@ def main(options: Options) -> None:
     if not 0 <= options.sample < len(reader):
         raise DataError(f"--sample: {options.sample}; {options.prefix} has samples 0 to {len(reader) - 1}")
     ids, spans = reader.text(options.sample)
-    num_images = int(reader.num_images[options.sample])
-    pictures = [picture(reader.image(options.sample, k)) for k in range(num_images)]
+    pictures = [picture(reader.image(options.sample, k)) for k, _ in reader.views(options.sample)]
     text = stretches(ids, spans, tokenizer)
     image_format = _image_format(options.model, reader.info["family"]) if options.model else None
     title = f"{options.prefix}: sample {options.sample} of {len(reader)}"
-    facts = _facts(text, num_images, image_format)
+    facts = _facts(text, len(pictures), image_format, reader.info.get("placeholder"))
     console = Console(highlight=False)
     console.print(title, *facts, sep="\n", markup=False, soft_wrap=True)
     for number, shown in enumerate(pictures, start=1):
@@ -68,13 +67,21 @@ def main(options: Options) -> None:
             os.replace(aside, options.html)
 
 
-def _facts(text: list[Stretch], num_images: int, image_format: ImageFormat | None) -> list[str]:
+def _facts(
+    text: list[Stretch], num_pictures: int, image_format: ImageFormat | None, placeholder: list[int] | None
+) -> list[str]:
     tokens = sum(stretch.num_ids for stretch in text if stretch.kind != "image")
     targets = sum(stretch.num_ids for stretch in text if stretch.kind == "target")
-    facts = [f"{tokens} text tokens, {targets} of them targets", f"{num_images} pictures"]
-    if image_format:
-        total = tokens + num_images * image_format.tokens
-        facts.append(f"{num_images * image_format.tokens} image tokens, {total} tokens in all")
+    views = sum(stretch.kind == "image" for stretch in text)
+    facts = [f"{tokens} text tokens, {targets} of them targets", f"{num_pictures} pictures"]
+    if views != num_pictures:
+        facts.append(f"{views} views of them")
+    if placeholder is not None:
+        total = tokens + views * len(placeholder)
+        facts.append(f"{len(placeholder)} tokens stand for a view, {total} tokens in all; image tokens lie beside them")
+    elif image_format:
+        image_tokens = views * image_format.tokens
+        facts.append(f"{image_tokens} image tokens, {tokens + image_tokens} tokens in all")
     return facts
 
 

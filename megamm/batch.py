@@ -1,7 +1,8 @@
 """What the data side hands to the model side: one sample, and one micro-batch of them.
 
 Shape legend, used in every tensor name of megamm: S sequence, B micro-batch, H width, N heads, G key/value groups,
-D head width, V vocabulary, I images, P patches (visual tokens) per image, Q queries, K placed visual tokens.
+D head width, V vocabulary, I images, P patches (visual tokens) per image, Q queries, K placed visual tokens, M most
+images of a row.
 """
 
 from collections.abc import Callable
@@ -22,13 +23,16 @@ class Sample:
     """One conversation, markers already expanded to one IMAGE id per visual token, already truncated."""
 
     ids_S: Tensor
-    """int64 [S]; IMAGE where a visual token stands."""
+    """int64 [S]; IMAGE where a visual token is placed."""
     labels_S: Tensor
     """int64 [S]; the id itself where it is a target, IGNORE elsewhere. Not shifted."""
     pixels_I3HW: Tensor | None
     """float32 [I, 3, H, W], normalised, in order of the markers; I may be 0. None on ranks that run no vision.embed."""
     num_images: int
     """Images whose tokens begin inside the kept part of the sequence (known on ranks without pixels, too)."""
+    starts_I: Tensor | None = None
+    """int64 [num_images]; index into `ids_S` of the first token that stands for each image, where these are ordinary
+    tokens. None: where its IMAGE ids begin."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,6 +52,9 @@ class Batch:
     """int64 [K]; index into the flattened [B * S] positions of each placed visual token."""
     rows_K: Tensor
     """int64 [K]; index into the flattened [I * P] visual tokens of the row that is written there."""
+    starts_BM: Tensor
+    """int64 [B, M], M at least 1; index into the row of the first token that stands for each of its images, and S where
+    a row has fewer. Images are counted row after row, so this also says whose they are."""
     num_images: int
     """Real images, blank ones not counted."""
     num_tokens: int

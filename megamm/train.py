@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megamm import backend
+from megamm.config.frozen import TEXT_WAY, num_frozen_layers
 from megamm.config.load import parse
 from megamm.config.schema import Config
 from megamm.errors import MegammError
@@ -81,7 +82,11 @@ def show(config: Config, found: Plan, world_size: int) -> None:
         parts.add_column(name, justify="left" if name == "part" else "right")
     for part in dict.fromkeys(unit.part for unit in found.units):
         number = sum(unit.parameters for unit in found.units if unit.part == part)
-        parts.add_row(part, f"{number:,}", "frozen" if part in config.train.freeze else "yes")
+        layers = num_frozen_layers(part, config.train.freeze)
+        trained = "frozen" if part in config.train.freeze else f"from layer {layers}" if layers else "yes"
+        if part == "llm" and TEXT_WAY in config.train.freeze:
+            trained = "the visual way"
+        parts.add_row(part, f"{number:,}", trained)
     parts.add_row("all", f"{sum(unit.parameters for unit in found.units):,}", "")
     console.print(parts)
     accumulate = config.train.global_batch // (config.train.micro_batch * found.dp)
@@ -110,7 +115,7 @@ def memory_bytes(config: Config, found: Plan, stage_number: int) -> float:
     tp, dp, frozen = config.parallel.tp, found.dp, config.train.freeze
     weight_bytes = 4 if config.train.precision == "fp32" else 2
     weights = sum(unit.parameters for unit in stage.units) / tp
-    trained = sum(unit.parameters for unit in stage.units if unit.part not in frozen) / tp
+    trained = sum(unit.parameters for unit in stage.units if unit.is_trained(frozen)) / tp
     # float32 gradients; the two moments, and a float32 copy of the weights where they are not float32 themselves.
     state = 8 if weight_bytes == 4 else 12
     in_flight = min(found.layout.pp - stage.pp_rank, config.train.global_batch // (config.train.micro_batch * found.dp))

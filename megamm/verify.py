@@ -3,15 +3,15 @@
 `verify` starts local ranks once, loads the checkpoint straight into the model at that layout, runs every case with
 everything trainable through the training step's own schedule, and compares array by array. A case is an .npz with the
 inputs and outputs of the authors' code: `input_ids`, `labels`, `attention_mask`, `pixel_values`, `image_row`,
-`image_is_dummy`, and outputs under the names of `LIMITS`.
+`image_is_dummy`, `media_offset` where pictures stand beside the sequence, and outputs under the names of `LIMITS`.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -26,6 +26,7 @@ from megamm.data.text import expand
 from megamm.errors import CheckpointError, DataError
 from megamm.inference.greedy import greedy
 from megamm.models.build import build_stages, units
+from megamm.models.layers.visual_words import VisualWords
 from megamm.models.options import VlmOptions
 from megamm.models.parameters import canonical_parameters, fill, join
 from megamm.models.spec import Build
@@ -38,18 +39,24 @@ from megamm.parallel.placement import Layout, choose_layout, parse_layout
 from megamm.registry import FAMILIES, family
 from megamm.training.optim import wrap
 from megamm.training.setup import part_sizes
-from megamm.training.step import fewest_batches, mean_loss, run_pipeline
+from megamm.training.step import fewest_batches, mean_loss, mean_terms, run_pipeline
 from megamm.weights.convert import open_hf
 
 EQUAL = 0.0
 LIMITS = {
     "vision_features": 1e-5,
     "visual_tokens": 1e-5,
+    "visual_words": 1e-5,
+    "pseudo_image_features": 1e-5,
     "layer_outputs": 2e-5,
     "logits": 2e-5,
     "loss": 1e-5,
+    "loss_lm": 1e-5,
+    "vw_kl_stage4": 1e-5,
+    "vw_kl_stage3": 1e-5,
     "expanded_labels": EQUAL,
     "expanded_attention_mask": EQUAL,
+    "modality_indicators": EQUAL,
     "greedy_tokens": EQUAL,
 }
 """Largest absolute difference per output array. Other operator orders move float32 logits by up to 4e-6; the smallest
@@ -70,6 +77,7 @@ class Request:
     dp: int = 1
     layout: str = "auto"
     sequence_parallel: bool = False
+    recompute: Literal["none", "full"] = "none"
 
     @property
     def parallel(self) -> Parallel:
@@ -123,6 +131,7 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
         ids_BT, mask_BT, pixels = arrays["input_ids"], arrays["attention_mask"], arrays["pixel_values"]
         labels_BT, rows = arrays["labels"], arrays["image_row"]
         is_dummy = arrays["image_is_dummy"].astype(bool)
+        frames = arrays.get("frames_per_slot")
         needed = {"loss"}
         needed |= {"greedy_tokens"} if "greedy_prompt" in arrays else set()
         needed |= {"expanded_attention_mask"} if {"logits", "layer_outputs"} & arrays.keys() else set()
@@ -133,17 +142,34 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
             f"--case {path}: not a verification case ({error}); megamm/verify.py says what one holds"
         ) from error
 
+    starts = _starts(arrays) if options.llm.hyper is not None else None
+
     def sample(b: int, ids: np.ndarray, labels: np.ndarray) -> Sample:
-        ids, labels, num_images = _expanded(ids, labels, options)
+        if frames is not None:  # every frame becomes an image of its own, one behind the other
+            first, is_slot = int((ids_BT[:b] == IMAGE).sum()), ids == IMAGE
+            repeats = np.ones_like(ids)
+            repeats[is_slot] = frames[first : first + is_slot.sum()]
+            ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
         own = pixels[(rows == b) & ~is_dummy]
+        if starts is None:
+            ids, labels, num_images = _expanded(ids, labels, options)
+        else:
+            num_images = int(np.count_nonzero(starts[b] < len(ids)))
         return Sample(
             ids_S=torch.from_numpy(ids),
             labels_S=torch.from_numpy(labels),
             pixels_I3HW=torch.from_numpy(own[:num_images].copy()),
             num_images=num_images,
+            starts_I=None if starts is None else torch.from_numpy(starts[b][:num_images]),
         )
 
     samples = [sample(b, ids_BT[b][mask_BT[b] == 1], labels_BT[b][mask_BT[b] == 1]) for b in range(len(ids_BT))]
+    # Nobody takes the tokens of a blank image, and ours are other blanks than the authors'.
+    for name in ("vision_features", "visual_tokens", "visual_words", "pseudo_image_features"):
+        if name in arrays and len(arrays[name]) == len(is_dummy):
+            arrays[name] = arrays[name][~is_dummy]
+            if is_dummy.all():
+                del arrays[name]
     prompt = None
     if "greedy_prompt" in arrays:
         ids = arrays["greedy_prompt"][0]
@@ -151,12 +177,28 @@ def load_case(path: str | Path, options: VlmOptions) -> Case:
     return Case(name=Path(path).stem, samples=samples, expected=arrays, prompt=prompt)
 
 
+def _starts(arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Where the placeholder of each picture begins, int64, row by row. A case says it by `media_offset`: [B, T, 2] with
+    the range of pictures that each token sees, the first behind a placeholder's first; or the starts of all rows one
+    after the other, `media_offset_count` of each row."""
+    num_rows = len(arrays["input_ids"])
+    if "media_offset" not in arrays:
+        return [np.empty(0, dtype=np.int64)] * num_rows
+    offset = arrays["media_offset"]
+    if offset.ndim == 1:
+        return np.split(offset, np.cumsum(arrays["media_offset_count"])[:-1])
+    num_seen_BT = offset[:, :, 1] - offset[:, :, 0]
+    return [np.flatnonzero(np.diff(num_seen)) for num_seen in num_seen_BT]
+
+
 def _expanded(ids: np.ndarray, labels: np.ndarray, options: VlmOptions) -> tuple[np.ndarray, np.ndarray, int]:
     """One IMAGE per visual token, whether the case has one id per image or, as transformers does, one per token."""
     per_image = options.tokens_per_image
     if (ids == IMAGE).any() or options.image_token_id is None:
         spans = np.array([(i, i + 1) for i in np.flatnonzero(labels != IGNORE)]).reshape(-1, 2)
-        return expand(ids, spans, per_image, max_tokens=options.llm.max_positions)
+        max_tokens = options.max_tokens or options.llm.max_positions
+        ids, labels, starts = expand(ids, spans, per_image, max_tokens)
+        return ids, labels, len(starts)
     is_image = ids == options.image_token_id
     return np.where(is_image, IMAGE, ids), np.where(is_image, IGNORE, labels), int(is_image.sum()) // per_image
 
@@ -202,7 +244,10 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
     options = checkpoint.options
     flat = units(options, num_tokens=1024, num_images=1, seq_length=1024)
     build = Build(
-        tp=request.tp, sequence_parallel=request.sequence_parallel, layout=parse_layout(layout, flat, request.pp)
+        tp=request.tp,
+        sequence_parallel=request.sequence_parallel,
+        layout=parse_layout(layout, flat, request.pp),
+        recompute=request.recompute,
     )
     groups.start_distributed()
     ranks = groups.start(request.parallel, build.layout)
@@ -215,8 +260,10 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
         for stage in stages:
             stage.zero_grad_buffer()
         batch = _batch(case.samples, options, build)
+        batches = [batch] * fewest_batches(stages)
         with captured(modules, batch, options) as outputs:
-            loss, _ = mean_loss(run_pipeline(stages, [batch] * fewest_batches(stages)))
+            reduced = run_pipeline(stages, batches)
+        loss, _ = mean_loss(reduced)
         found = {name: value.float().cpu().numpy() for name, value in outputs.items()}
         for name, parameter in canonical_parameters(modules):
             entry = checkpoint.table[name]
@@ -235,6 +282,12 @@ def run_cases(request: Request, layout: str, cases: Sequence[Case]) -> list[dict
             )
             found["greedy_tokens"] = np.array(tokens[0])
         found["loss"] = np.array(loss)
+        if options.has_visual_words:
+            terms = mean_terms(stages, reduced)
+            found |= {"loss_lm": np.array(terms["loss_lm"]), "vw_kl_stage4": np.array(terms["loss_vm"])}
+            with taught_by_the_llm(modules):
+                terms = mean_terms(stages, run_pipeline(stages, batches, forward_only=True))
+            found["vw_kl_stage3"] = np.array(terms["loss_vm"])
         results.append(found if reports else {})
     return results
 
@@ -253,7 +306,8 @@ def _batch(samples: Sequence[Sample], options: VlmOptions, build: Build) -> Batc
 @contextmanager
 def captured(modules: Sequence[VLM], batch: Batch, options: VlmOptions) -> Iterator[dict[str, Tensor]]:
     """Collect, while the body runs one micro-batch, what passes through this rank's modules, whole and batch first:
-    vision_features [I, P, hv], visual_tokens [I, P, H], layer_output.K [B, S, H], logits [B, S, V]."""
+    vision_features [I, P, hv], visual_tokens [I, P, H], layer_output.K [B, S, H], logits [B, S, V], and where the model
+    has them visual_words [I, P, V] and pseudo_image_features [I, P, H]."""
     found: dict[str, Tensor] = {}
     hooks = []
 
@@ -273,7 +327,22 @@ def captured(modules: Sequence[VLM], batch: Batch, options: VlmOptions) -> Itera
         logits_SBV = torch.cat(gather_over_tp(output[0].detach()), dim=-1)
         found["logits"] = logits_SBV[..., : options.llm.vocab_size].transpose(0, 1).cpu()
 
+    def on_words(words: VisualWords, args: tuple[Tensor, ...], _: Tensor) -> None:
+        num_rows = batch.num_images * options.tokens_per_image  # behind them only what fills up the slices
+        with torch.no_grad():
+            words_RV = torch.cat(gather_over_tp(words.log_words(args[0][:num_rows]).exp()), dim=-1)
+        words_RV = words_RV[:, : options.llm.vocab_size]
+        if num_rows:
+            found["visual_words"] = words_RV.unflatten(0, (batch.num_images, -1)).cpu()
+
+    def on_pseudo_features(_: torch.nn.Module, __: Any, output: Tensor) -> None:
+        if batch.num_images:
+            keep("pseudo_image_features", output)
+
     for module in modules:
+        if module.words is not None:
+            hooks.append(module.words.register_forward_hook(on_words))
+            hooks.append(module.words.pseudo_features.register_forward_hook(on_pseudo_features))
         if module.projector is not None:
             hooks.append(module.projector.register_forward_hook(on_projector))
         if module.llm is not None:
@@ -287,6 +356,19 @@ def captured(modules: Sequence[VLM], batch: Batch, options: VlmOptions) -> Itera
             hook.remove()
 
 
+@contextmanager
+def taught_by_the_llm(modules: Sequence[VLM]) -> Iterator[None]:
+    """While the body runs, the divergence of visual words is the other way round."""
+    losses = [module.loss for module in modules]
+    for module in modules:
+        module.loss = replace(module.loss, teacher="llm")
+    try:
+        yield
+    finally:
+        for module, loss in zip(modules, losses, strict=True):
+            module.loss = loss
+
+
 def outputs_of(case: Case, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The run's results under the names and in the shapes that a case has them, padding cut or zero."""
     out = {name: value for name, value in found.items() if not name.startswith(("layer_output.", "grad:"))}
@@ -296,11 +378,12 @@ def outputs_of(case: Case, found: dict[str, np.ndarray]) -> dict[str, np.ndarray
     out["layer_outputs"] = np.stack([value for _, value in layers])
     length = max(len(sample.ids_S) for sample in case.samples)
     labels = np.full((len(case.samples), length), IGNORE, dtype=np.int64)
-    mask = np.zeros_like(labels)
+    mask, is_visual = np.zeros_like(labels), np.zeros_like(labels)
     for b, sample in enumerate(case.samples):
         labels[b, : len(sample.labels_S)] = sample.labels_S.numpy()
         mask[b, : len(sample.labels_S)] = 1
-    out |= {"expanded_labels": labels, "expanded_attention_mask": mask}
+        is_visual[b, : len(sample.ids_S)] = sample.ids_S.numpy() == IMAGE
+    out |= {"expanded_labels": labels, "expanded_attention_mask": mask, "modality_indicators": is_visual}
     out["logits"] = out["logits"][:, :length]
     out["layer_outputs"] = out["layer_outputs"][:, :, :length]
     return out

@@ -7,6 +7,7 @@ tests/backend/; none of it runs on a machine whose backend is the GPU.
 
 import contextlib
 import functools
+import importlib
 import math
 import resource
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megamm.backend import Backend, LayerModules
@@ -89,7 +91,8 @@ class Norm(torch.nn.Module):
 
 
 class SdpaAttention(torch.nn.Module):
-    """Core attention on torch's scaled_dot_product_attention; grouped queries, causal or full, packed sequences too.
+    """Core attention on torch's scaled_dot_product_attention: grouped queries, causal or full, a causal one within a
+    window (`config.window_size`), packed sequences too.
 
     Stands where megatron-core puts DotProductAttention, whose local version needs a CUDA buffer, repeats keys and
     values in memory, and refuses packed sequences.
@@ -112,6 +115,12 @@ class SdpaAttention(torch.nn.Module):
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
             raise ValueError(f"attention mask type {attn_mask_type} is neither causal nor no_mask")
         self.is_causal = attn_mask_type == AttnMaskType.causal
+        self.reach: int | None = None
+        """Positions before its own that a query sees; None: all."""
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            if not self.is_causal or config.window_size[1] != 0:
+                raise ValueError(f"a window of {config.window_size} needs causal attention and nothing on the right")
+            self.reach = config.window_size[0]
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -128,7 +137,7 @@ class SdpaAttention(torch.nn.Module):
         """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N * D]; packed: [S, N, D] and [S, G, D] ->
         [S, 1, N * D], attention staying inside the segments of `packed_seq_params.cu_seqlens_q`.
 
-        `attention_mask`, where given, is True where a query may not look, and replaces the causal mask.
+        `attention_mask`, where given, is True where a query may not look, and replaces causal mask and window.
         """
         if attention_bias is not None:
             raise ValueError("attention bias is not supported by the CPU attention")
@@ -144,6 +153,9 @@ class SdpaAttention(torch.nn.Module):
         return self._attend(query, key, value, attention_mask)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None and self.reach is not None and len(query) > self.reach + 1:
+            ones = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device)
+            mask = ones.triu(1) | ones.tril(-self.reach - 1)
         q_BNSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context_BNSD = F.scaled_dot_product_attention(
             q_BNSD,
@@ -272,6 +284,8 @@ def redirect_cuda_calls() -> None:
     # Patched by name and not through a TorchFunctionMode: recomputation runs in the backward pass, without the mode.
     # `with torch.device(...)` knows the factories by identity and caches them: let it see the real ones first.
     torch.utils._device._device_constructors()
+    # megatron-core hands functions to torch.compile as it is imported, and dynamo refuses the redirected ones.
+    importlib.import_module("megatron.core.models.gpt")
     _replace(torch, **{name: _redirect_factory(getattr(torch, name)) for name in _FACTORIES})
 
     tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type

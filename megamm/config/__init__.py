@@ -1,5 +1,5 @@
 """What a recipe imports: the dataclasses of a run."""
 
-from megamm.config.schema import PARTS, Checkpoint, Config, Data, Model, Optim, Parallel, Train
+from megamm.config.schema import PARTS, Checkpoint, Config, Data, Loss, Model, Optim, Parallel, Train
 
-__all__ = ["PARTS", "Checkpoint", "Config", "Data", "Model", "Optim", "Parallel", "Train"]
+__all__ = ["PARTS", "Checkpoint", "Config", "Data", "Loss", "Model", "Optim", "Parallel", "Train"]

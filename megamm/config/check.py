@@ -7,7 +7,8 @@ from collections.abc import Callable
 from math import inf
 from operator import attrgetter
 
-from megamm.config.schema import PARTS, Config
+from megamm.config.frozen import LEGAL, is_legal
+from megamm.config.schema import Config
 
 _Limit = tuple[Callable[[float], bool], str]
 
@@ -28,12 +29,15 @@ _LIMITS: dict[str, _Limit] = {
     "optim.vision_lr": _POSITIVE,
     "optim.projector_lr": _POSITIVE,
     "optim.llm_lr": _POSITIVE,
+    "optim.words_lr": _POSITIVE,
     "optim.warmup": _SHARE,
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.beta1": _SHARE,
     "optim.beta2": _SHARE,
     "optim.eps": _POSITIVE,
     "optim.clip_norm": _NOT_NEGATIVE,
+    "loss.lm_weight": _NOT_NEGATIVE,
+    "loss.vm_weight": _NOT_NEGATIVE,
     "train.global_batch": _COUNT,
     "train.micro_batch": _COUNT,
     "train.epochs": _POSITIVE,
@@ -70,11 +74,11 @@ def find_problems(config: Config, world_size: int) -> list[str]:
         )
     if not illegal & {"optim.lr", "optim.min_lr"} and optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr={optim.min_lr} must not be above optim.lr={optim.lr}")
-    unknown = [part for part in train.freeze if part not in PARTS]
+    unknown = [item for item in train.freeze if not is_legal(item)]
     if unknown:
-        problems.append(f"train.freeze={', '.join(unknown)} must be any of {', '.join(PARTS)}")
-    if set(PARTS) <= set(train.freeze):
-        problems.append(f"train.freeze={', '.join(train.freeze)} leaves nothing to train; leave out one of them")
+        problems.append(f"train.freeze={', '.join(unknown)} must be any of {LEGAL}")
+    if config.loss.lm_weight == config.loss.vm_weight == 0:
+        problems.append("loss.lm_weight=0, loss.vm_weight=0 leaves nothing to minimise; set one of them")
     if train.eval_every_steps > 0 and config.data.eval_path is None:
         problems.append(
             f"train.eval_every_steps={train.eval_every_steps} needs data.eval_path, the data to evaluate on; "

@@ -6,8 +6,9 @@ Plain typed dataclasses only: no torch, no megatron, no defaults that depend on 
 from dataclasses import dataclass, field
 from typing import Literal
 
-PARTS = ("vision", "projector", "llm")
-"""The parts of a model that can be frozen, or given a learning rate of their own."""
+PARTS = ("vision", "projector", "llm", "words")
+"""The parts of a model that can be frozen, or given a learning rate of their own; not every family has `words`, a head
+of visual words."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,8 +33,9 @@ class Data:
     """Prefix of a second dataset for the evaluation loss. None: no evaluation."""
     max_tokens: int = 2048
     """Longest sequence in tokens, visual tokens counted; longer samples are cut at the end."""
-    aspect: Literal["pad", "square"] = "pad"
-    """`pad`: paste the picture on a square of the mean colour first. `square`: leave it to resize and crop."""
+    aspect: Literal["pad", "stretch", "square"] = "pad"
+    """`pad`: paste the picture on a square of the mean colour first. `stretch`: scale its shorter edge to the longer
+    one first. `square`: leave it to resize and crop."""
     num_workers: int = 2
     """Processes per rank that read and decode; 0 decodes in the training process."""
     shuffle: bool = True
@@ -74,6 +76,8 @@ class Optim:
     """Peak learning rate of the projector; None: `lr`."""
     llm_lr: float | None = None
     """Peak learning rate of the llm; None: `lr`."""
+    words_lr: float | None = None
+    """Peak learning rate of the head of visual words; None: `lr`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after the warm-up."""
     warmup: float = 0.03
@@ -91,6 +95,21 @@ class Optim:
 
 
 @dataclass(kw_only=True, slots=True)
+class Loss:
+    """What is minimised: the mean cross-entropy of the targets, and in families with visual words the mean divergence
+    of the llm's predictions from these. Other families have the first only, and nothing to choose."""
+
+    lm_weight: float = 1.0
+    """Factor of the cross-entropy."""
+    vm_weight: float = 1.0
+    """Factor of the divergence."""
+    teacher: Literal["words", "llm"] = "words"
+    """`words`: KL(words || llm), the visual words teach the llm. `llm`: KL(llm || words), the other way round."""
+    detach_teacher: bool = False
+    """Whether the divergence leaves its teacher as it is; False: both distributions move."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Train:
     """How long, how much at once, what is trained."""
 
@@ -103,7 +122,9 @@ class Train:
     steps: int | None = None
     """Optimizer steps; None: what `epochs` amounts to."""
     freeze: tuple[str, ...] = ()
-    """Parts that are not trained: any of vision, projector, llm."""
+    """What is not trained: any of vision, projector, llm, words; or the beginning of one, such as `vision[:12]`, the
+    tower's embedding and its layers 0 to 11; or `llm.text`, of an llm that treats visual tokens with weights of their
+    own (mPLUG-Owl2, mPLUG-Owl3) all the others."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Arithmetic of the layers. fp8 needs a GPU with Transformer Engine and is an error elsewhere."""
     recompute: Literal["none", "full"] = "none"
@@ -143,3 +164,4 @@ class Config:
     train: Train
     checkpoint: Checkpoint
     parallel: Parallel = field(default_factory=Parallel)
+    loss: Loss = field(default_factory=Loss)

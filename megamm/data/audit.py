@@ -96,7 +96,7 @@ def _look_at(task: tuple[str, Piece, Recipe]) -> _Looked:
                 reason = result.fault.reason
                 looked.bad.append(Bad(result.where, reason, str(result.fault), REMEDIES[reason]))
             else:
-                looked.num_images += len(result.images)
+                looked.num_images += sum(image is not None for image in result.images)
     except DataError as error:
         looked.bad.append(_bad_file(str(piece.path), error))
     return looked

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from megamm.data.faults import SampleFault
+from megamm.data.views import choose_anchor
+from megamm.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """What Pillow may open. Its other readers are for nobody's training pictures, and some start other programs."""
@@ -29,8 +31,9 @@ class ImageFormat:
     """Per channel, of values in 0..1."""
     std: tuple[float, float, float]
     """Per channel, of values in 0..1."""
-    aspect: Literal["pad", "square"] = "pad"
-    """`pad`: paste the picture on a square of the mean colour first. `square`: leave it to `resize`."""
+    aspect: Literal["pad", "stretch", "square"] = "pad"
+    """`pad`: paste the picture on a square of the mean colour first. `stretch`: scale its shorter edge to the longer
+    one first, as mPLUG-Owl2 does for inference. `square`: leave it to `resize`."""
     resize: Literal["shortest_edge_crop", "squash"] = "shortest_edge_crop"
     """CLIP scales the shorter edge to `size` and crops the centre; SigLIP scales both edges to `size`."""
     tokens: int
@@ -85,6 +88,38 @@ def reencode(data: bytes, max_side: int | None, quality: int | None) -> bytes:
     return file.getvalue()
 
 
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels, from the header alone; EXIF orientation ignored, as by `decode`.
+
+    Raises SampleFault (image_broken)."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return picture.size
+    except Exception as error:  # as in `_decode_pillow`
+        raise SampleFault("image_broken", f"{type(error).__name__}: {error}") from error
+
+
+def to_views(rgb: np.ndarray, image_format: ImageFormat, num_views: int) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [num_views, 3, size, size]: one view is the whole picture, more are the tiles of the
+    grid that `choose_anchor` chooses, row after row, and the whole picture behind them.
+
+    Raises DataError where the grid has another number of tiles, or pictures are padded, which have no shape left."""
+    whole = to_pixels(rgb, image_format)
+    if num_views == 1:
+        return whole[None]
+    if image_format.aspect == "pad":
+        raise DataError("data.aspect: pad cannot go with pictures that are cut into tiles; use square")
+    height, width, _ = rgb.shape
+    size = image_format.size
+    rows, columns = choose_anchor(width, height, size)
+    if rows * columns + 1 != num_views:
+        raise DataError(f"{num_views} views where {rows} x {columns} tiles and the whole are meant; preprocess again")
+    scaled = Image.fromarray(rgb).resize((columns * size, rows * size), Image.Resampling.BICUBIC)
+    pixels_3HW = _normalised(scaled, image_format)
+    tiles_3RHCW = pixels_3HW.view(3, rows, size, columns, size)
+    return torch.cat([tiles_3RHCW.permute(1, 3, 0, 2, 4).flatten(0, 1), whole[None]])
+
+
 def to_pixels(rgb: np.ndarray, image_format: ImageFormat) -> Tensor:
     """uint8 [H, W, 3] -> float32 [3, size, size], normalised. Equal to the published processors after LLaVA's
     expand2square: bicubic on 8-bit values, by Pillow."""
@@ -95,6 +130,8 @@ def to_pixels(rgb: np.ndarray, image_format: ImageFormat) -> Tensor:
         canvas = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in image_format.mean))
         canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         picture = canvas
+    elif image_format.aspect == "stretch":
+        picture = picture.resize((max(picture.size), max(picture.size)), Image.Resampling.BICUBIC)
     if image_format.resize == "squash":
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     else:
@@ -103,6 +140,10 @@ def to_pixels(rgb: np.ndarray, image_format: ImageFormat) -> Tensor:
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - size) // 2, (height - size) // 2
         picture = picture.crop((left, top, left + size, top + size))
+    return _normalised(picture, image_format)
+
+
+def _normalised(picture: Image.Image, image_format: ImageFormat) -> Tensor:
     values = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)
     mean = np.asarray(image_format.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(image_format.std, dtype=np.float32)[:, None, None]

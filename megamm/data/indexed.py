@@ -1,10 +1,11 @@
 """The dataset on disk: PREFIX.bin and PREFIX.idx in megatron-core's multimodal indexed format, and PREFIX.json.
 
 Everything in .bin is int32. A document is one sequence of mode TEXT (ids, one IMAGE per picture), one of mode PICTURE
-per picture (the number of padding bytes, then the compressed file padded to whole words) and one of mode SPANS (first
-and last + 1 of each target span over the ids). Stock `IndexedDataset(prefix, multimodal=True)` reads it. This reader is
-our own: it opens without importing megatron, checks what it opens, and copies what it hands out (megatron's arrays are
-views of a map that may be gone). What the ids mean is no matter of this file.
+per picture (the number of padding bytes, then the compressed file padded to whole words; no word for one more view of
+the picture before) and one of mode SPANS (first and last + 1 of each target span over the ids). Stock
+`IndexedDataset(prefix, multimodal=True)` reads it. This reader is our own: it opens without importing megatron, checks
+what it opens, and copies what it hands out (megatron's arrays are views of a map that may be gone). What the ids mean
+is no matter of this file.
 """
 
 import json
@@ -57,10 +58,13 @@ class Index:
         self.bin_bytes = 0
         """Length of the .bin."""
 
-    def add(self, ids: np.ndarray, images: Sequence[bytes], spans: np.ndarray) -> Iterator[bytes]:
+    def add(self, ids: np.ndarray, images: Sequence[bytes | None], spans: np.ndarray) -> Iterator[bytes]:
         """Append a document (see Writer.add), and give what to write for it."""
         yield self._sequence(TEXT, np.asarray(ids, dtype="<i4").tobytes())
         for image in images:
+            if image is None:
+                yield self._sequence(PICTURE, b"")
+                continue
             pad = -len(image) % 4
             yield self._sequence(PICTURE, struct.pack("<i", pad) + image + bytes(pad))
         yield self._sequence(SPANS, np.asarray(spans, dtype="<i4").tobytes())
@@ -148,8 +152,9 @@ class Writer:
             self._paths[0].parent.mkdir(parents=True, exist_ok=True)
             self._bin = self._asides[0].open("wb")
 
-    def add(self, ids: np.ndarray, images: Sequence[bytes], spans: np.ndarray) -> None:
-        """Append one document: int32 ids [T], the compressed picture of each IMAGE in it, int32 target spans [N, 2]."""
+    def add(self, ids: np.ndarray, images: Sequence[bytes | None], spans: np.ndarray) -> None:
+        """Append one document: int32 ids [T], the compressed picture of each IMAGE in it (None: one more view of the
+        one before), int32 target spans [N, 2]."""
         with writing(self._asides[0]):
             for content in self._index.add(ids, images, spans):
                 self._bin.write(content)
@@ -229,7 +234,7 @@ class Reader:
 
     @property
     def num_images(self) -> np.ndarray:
-        """int64 [documents]: images of each document."""
+        """int64 [documents]: images of each document, every view of a picture counted."""
         return np.diff(self._documents) - 2
 
     def text(self, document: int) -> tuple[np.ndarray, np.ndarray]:
@@ -242,8 +247,19 @@ class Reader:
             raise DataError(f"{self.prefix}: document {document} has target spans outside its ids; preprocess again")
         return ids, spans.reshape(-1, 2)
 
+    def views(self, document: int) -> list[tuple[int, int]]:
+        """The pictures of a document: number of the image that holds it, and images (views) that it stands for.
+
+        Raises DataError where the first holds none."""
+        first, last = self._range(document)
+        holders = np.flatnonzero(self._lengths[first + 1 : last])
+        if last - first > 1 and (not len(holders) or holders[0]):
+            raise DataError(f"{self.prefix}: document {document} begins with a view of no picture; preprocess again")
+        counts = np.diff(np.append(holders, last - first - 1))
+        return list(zip(holders.tolist(), counts.tolist(), strict=True))
+
     def image(self, document: int, image: int) -> bytes:
-        """Compressed bytes of one picture of a document, as its file had them."""
+        """Compressed bytes of one picture of a document, as its file had them. DataError for one that holds none."""
         first, last = self._range(document)
         if not 0 <= image < last - first - 1:
             raise IndexError(f"document {document} has {last - first - 1} images, not one numbered {image}")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from megamm.batch import IGNORE, IMAGE, Batch, Sample
 from megamm.data.faults import SampleFault
-from megamm.data.image import ImageFormat, decode, to_pixels
+from megamm.data.image import ImageFormat, decode, to_views
 from megamm.data.indexed import Reader
 from megamm.data.text import expand
 from megamm.errors import ConfigError, DataError, MegammError
@@ -27,11 +27,21 @@ class Dataset:
     """Samples of an indexed dataset by number, as one model wants them."""
 
     def __init__(self, prefix: str | Path, image_format: ImageFormat, max_tokens: int, with_pixels: bool = True):
-        """`with_pixels=False`: for ranks that run no vision.embed; pictures are neither read nor decoded."""
+        """`with_pixels=False`: for ranks that run no vision.embed; pictures are neither read nor decoded.
+
+        Raises DataError for a dataset that is not whole, or whose tiles are not of the tower's size."""
         self.reader = Reader(prefix)
         self.image_format = image_format
         self.max_tokens = max_tokens
         self.with_pixels = with_pixels
+        self.placeholder: list[int] | None = self.reader.info.get("placeholder")
+        """The ids that stand for a picture where its visual tokens are no part of the sequence."""
+        rules = self.reader.info.get("views")
+        if rules is not None and rules["cut"] != "none" and rules["tile_size"] != image_format.size:
+            raise DataError(
+                f"{prefix}: pictures were cut for tiles of {rules['tile_size']} pixels, the model's tower sees "
+                f"{image_format.size}; preprocess again with --tile-size {image_format.size}"
+            )
 
     def __len__(self) -> int:
         """Samples."""
@@ -40,32 +50,38 @@ class Dataset:
     @property
     def num_tokens(self) -> np.ndarray:
         """int64 [samples]: tokens of each sample after expansion and before the cut to `max_tokens`."""
-        return self.reader.num_ids + self.reader.num_images * (self.image_format.tokens - 1)
+        per_image = self.image_format.tokens if self.placeholder is None else len(self.placeholder)
+        return self.reader.num_ids + self.reader.num_images * (per_image - 1)
 
     def __getitem__(self, i: int) -> Sample:
         """Sample `i`; FILLER is one without tokens. Raises DataError for a picture that cannot be decoded."""
         if i == FILLER:
-            ids = labels = np.empty(0, dtype=np.int64)
-            num_images = 0
+            ids = labels = starts = np.empty(0, dtype=np.int64)
         else:
             stored_ids, spans = self.reader.text(i)
-            ids, labels, num_images = expand(stored_ids, spans, self.image_format.tokens, self.max_tokens)
+            ids, labels, starts = expand(stored_ids, spans, self.image_format.tokens, self.max_tokens, self.placeholder)
         return Sample(
             ids_S=torch.from_numpy(ids),
             labels_S=torch.from_numpy(labels),
-            pixels_I3HW=self._pixels(i, num_images) if self.with_pixels else None,
-            num_images=num_images,
+            pixels_I3HW=self._pixels(i, len(starts)) if self.with_pixels else None,
+            num_images=len(starts),
+            starts_I=torch.from_numpy(starts),
         )
 
     def _pixels(self, i: int, num_images: int) -> torch.Tensor:
         size = self.image_format.size
         pixels_I3HW = torch.empty(num_images, 3, size, size)
-        for k in range(num_images):
+        if not num_images:
+            return pixels_I3HW
+        for k, num_views in self.reader.views(i):
+            if k >= num_images:
+                break
             try:
-                pixels_I3HW[k] = to_pixels(decode(self.reader.image(i, k)), self.image_format)
+                views = to_views(decode(self.reader.image(i, k)), self.image_format, num_views)
             except SampleFault as fault:
                 where = f"{self.reader.prefix}: document {i}, picture {k}"
                 raise DataError(f"{where}: {fault}; preprocess again") from fault
+            pixels_I3HW[k : k + num_views] = views[: num_images - k]
         return pixels_I3HW
 
 
@@ -83,6 +99,8 @@ def collate(
     S = -(-max(longest, 1) // pad_multiple) * pad_multiple
     ids_BS = torch.full((len(samples), S), pad_id, dtype=torch.int64)
     targets_BS = torch.full((len(samples), S), IGNORE, dtype=torch.int64)
+    most = max(1, *(sample.num_images for sample in samples))
+    starts_BM = torch.full((len(samples), most), S, dtype=torch.int64)
     slots, rows, num_images = [], [], 0
     for b, sample in enumerate(samples):
         num_tokens = len(sample.ids_S)
@@ -92,6 +110,8 @@ def collate(
         slots.append(b * S + places)
         # Only the last image of a sample can be cut short, so its visual tokens are a prefix of its images' rows.
         rows.append(num_images * tokens_per_image + torch.arange(len(places)))
+        starts_I = places[::tokens_per_image] if sample.starts_I is None else sample.starts_I
+        starts_BM[b, : sample.num_images] = starts_I[: sample.num_images]
         num_images += sample.num_images
     pixels_I3HW = None
     if with_pixels:
@@ -105,6 +125,7 @@ def collate(
         pixels_I3HW=pixels_I3HW,
         slots_K=torch.cat(slots),
         rows_K=torch.cat(rows),
+        starts_BM=starts_BM,
         num_images=num_images,
         num_tokens=sum(len(sample.ids_S) for sample in samples),
     )

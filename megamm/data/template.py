@@ -1,6 +1,7 @@
-"""Conversation formats, as data: five strings each. A new format is a new row of TEMPLATES, never new code.
+"""Conversation formats, as data: five strings each, and flags. A new format is a new row of TEMPLATES, never new code.
 
-Strings, names and what carries loss: `conversation.py` and `train.py` of LLaVA, TinyLLaVA, Imp and VW-LMM.
+Strings, names and what carries loss: `conversation.py` and `train.py` of LLaVA, TinyLLaVA, Imp and VW-LMM, mPLUG-Owl2;
+mPLUG-Owl3's released processor.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ class Template:
     lead: str
     """What the answer's first token may swallow: a space, where the format has one there."""
     end: str
-    """Behind the answer. Without white space around it, one token of the vocabulary."""
+    """Behind the answer. Without white space around it, `num_end_tokens` tokens of the vocabulary."""
+    num_end_tokens: int = 1
+    keeps_markers: bool = False
+    """Whether markers stay where a question has them, any number, and none is in an answer. Otherwise those of a turn
+    become one in front, as LLaVA does."""
+    splits_answers: bool = False
+    """Whether `lead` answer `end` is tokenised by itself, so that no token spans the answer's beginning."""
     caption_only: bool = False
     """Of the question only the marker is kept, and there is exactly one round with one picture."""
 
@@ -52,10 +59,11 @@ class Template:
         return text, ranges
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raise DataError where `end` is not one token: the model would then learn to spell it and never stop."""
+        """Raise DataError where `end` is more tokens than it should be: the model would then learn to spell it and
+        never stop."""
         end = self.end.strip()
         ids = tokenizer.encode(end, bos=False)
-        if end and len(ids) != 1:
+        if end and len(ids) != self.num_end_tokens:
             raise DataError(
                 f"tokenizer: {end!r}, which ends every answer of this template, is {len(ids)} tokens in "
                 f"{tokenizer.name}; choose the template made for this tokenizer, or add {end!r} to its special tokens"
@@ -86,6 +94,7 @@ TEMPLATES: dict[str, Template] = {
     "vicuna_v1": _V1,
     "llava_v1": _vicuna(_HUMAN, "</s>"),
     "plain": _PLAIN,
+    "mplug_owl2": Template(first="USER: ", later="USER: ", reply=" ASSISTANT:", lead=" ", end="</s>"),
     "llava_llama_2": Template(
         first=f"[INST] <<SYS>>\n{_LLAMA_2}\n<</SYS>>\n\n", later="<s>[INST] ", reply=" [/INST]", lead=" ", end=" </s>"
     ),
@@ -113,6 +122,21 @@ TEMPLATES: dict[str, Template] = {
     "gemma": _vicuna(_USER, "<eos>"),
     "qwen2_base": _PHI,
     "qwen2_instruct": _vicuna(_USER, "<|im_end|>"),
+    # mPLUG-Owl3's processor: an empty system turn, line breaks in front of turns, two end tokens behind each answer.
+    "mplug_owl3": Template(
+        first="<|im_start|>system\n<|im_end|>\n<|im_start|>user\n",
+        later="\n<|im_start|>user\n",
+        reply="<|im_end|>\n<|im_start|>assistant\n",
+        lead="",
+        end="<|im_end|><|endoftext|>",
+        num_end_tokens=2,
+        keeps_markers=True,
+        splits_answers=True,
+    ),
+    # Nobody published how its pretraining writes a caption: its `plain` style drops all markup.
+    "mplug_owl3_plain": Template(
+        first="", later="", reply="", lead="", end="<|endoftext|>", splits_answers=True, caption_only=True
+    ),
 }
 """Name -> format. `v1` says *user* and `llava_v1` says *human*: both are published, and they are not the same."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +28,11 @@ def tokenise(
     any tokenizer. Targets come from where each token stands in the text, so they are right where the authors' counting
     fails and drops the sample. Raises SampleFault.
     """
-    rounds = _rounds(_place_markers(turns, num_images, marker))
+    if not template.keeps_markers:
+        turns = _place_markers(turns, num_images, marker)
+    elif any(role == "gpt" and marker in text for role, text in turns):
+        raise SampleFault("marker_count", "a marker in an answer, where this template has none")
+    rounds = _rounds(turns)
     text, ranges = template.render(rounds, marker)
     pieces = text.split(marker)
     if len(pieces) - 1 != num_images:
@@ -38,37 +44,44 @@ def tokenise(
         if i > 0:
             ids.append(np.asarray([IMAGE], dtype=np.int32))
             num_ids, char = num_ids + 1, char + len(marker)
-        piece_ids, starts, ends = tokenizer.encode_offsets(piece)
-        for start, end in ranges:
-            # Every token that shares a character with the range. A token that begins in the space before an answer
-            # is a target; the end token always stands alone, so nothing behind it can be.
-            first = int(np.searchsorted(ends, start - char, side="right"))
-            last = int(np.searchsorted(starts, end - char, side="left"))
-            if first < last:
-                spans.append((num_ids + first, num_ids + last))
-        ids.append(piece_ids)
-        num_ids, char = num_ids + len(piece_ids), char + len(piece)
+        answers = [start - char for start, _ in ranges if 0 < start - char < len(piece)]
+        cuts = [0, *(answers if template.splits_answers else []), len(piece)]
+        for part in (piece[a:b] for a, b in pairwise(cuts)):
+            part_ids, starts, ends = tokenizer.encode_offsets(part)
+            for start, end in ranges:
+                # Every token that shares a character with the range. A token that begins in the space before an
+                # answer is a target; the end token always stands alone, so nothing behind it can be.
+                first = int(np.searchsorted(ends, start - char, side="right"))
+                last = int(np.searchsorted(starts, end - char, side="left"))
+                if first < last:
+                    spans.append((num_ids + first, num_ids + last))
+            ids.append(part_ids)
+            num_ids, char = num_ids + len(part_ids), char + len(part)
     return np.concatenate(ids), np.asarray(spans, dtype=np.int32).reshape(-1, 2)
 
 
 def expand(
-    ids: np.ndarray, spans: np.ndarray, tokens_per_image: int, max_tokens: int
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Ids and labels, int64 [S], with every IMAGE repeated `tokens_per_image` times and cut to `max_tokens` after that,
-    and the number of images whose tokens begin inside. The cut may fall inside an image, as theirs."""
+    ids: np.ndarray,
+    spans: np.ndarray,
+    tokens_per_image: int,
+    max_tokens: int,
+    placeholder: Sequence[int] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids and labels, int64 [S], with what stands for a picture in place of every IMAGE, and where each picture begins
+    that begins inside, int64 [I]: `tokens_per_image` times IMAGE, or, where a model's visual tokens are no part of its
+    sequence, the ordinary ids of a `placeholder`. Cut to `max_tokens` after that; the cut may fall inside a picture, as
+    theirs."""
     is_target = np.zeros(len(ids), dtype=bool)
     for start, end in spans:
         is_target[start:end] = True
     is_image = ids == IMAGE
-    repeats = np.where(is_image, tokens_per_image, 1)
+    picture = np.full(tokens_per_image, IMAGE) if placeholder is None else np.asarray(placeholder, dtype=np.int64)
+    repeats = np.where(is_image, len(picture), 1)
     labels = np.where(is_target & ~is_image, ids, IGNORE).astype(np.int64)
-    begins = np.cumsum(repeats) - repeats
-    num_images = int(np.count_nonzero(is_image & (begins < max_tokens)))
-    return (
-        np.repeat(ids.astype(np.int64), repeats)[:max_tokens],
-        np.repeat(labels, repeats)[:max_tokens],
-        num_images,
-    )
+    starts = (np.cumsum(repeats) - repeats)[is_image]
+    expanded = np.repeat(ids.astype(np.int64), repeats)
+    expanded[(starts[:, None] + np.arange(len(picture))).ravel()] = np.tile(picture, len(starts))
+    return expanded[:max_tokens], np.repeat(labels, repeats)[:max_tokens], starts[starts < max_tokens]
 
 
 def _place_markers(turns: list[Turn], num_images: int, marker: str) -> list[Turn]:

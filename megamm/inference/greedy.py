@@ -39,6 +39,7 @@ def greedy(
                 labels_S=torch.tensor(row, dtype=torch.int64),
                 pixels_I3HW=prompt.pixels_I3HW,
                 num_images=prompt.num_images,
+                starts_I=prompt.starts_I,
             )
             for row, prompt in zip(ids, prompts, strict=True)
         ]

@@ -3,13 +3,13 @@
 Shared by every family that this class can hold. Tables and options only. Source: transformers 4.36 to 5.23.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from megamm.errors import CheckpointError
 from megamm.models.family import overlay
 from megamm.models.options import ProjectorOptions, VisionOptions, VlmOptions
-from megamm.models.parts import LlmPart, VisionPart, llm_config, vision_config
+from megamm.models.parts import Parts, vision_config
 from megamm.models.projector import mlp
 from megamm.weights.keymap import KeyMap
 
@@ -39,14 +39,12 @@ _ALIASES = {
 
 def is_native(config: dict[str, Any]) -> bool:
     """Whether a config.json is written in this spelling."""
-    return {"text_config", "vision_config"} <= config.keys()
+    return config.get("model_type") == "llava" and {"text_config", "vision_config"} <= config.keys()
 
 
-def read(
-    config: dict[str, Any], tower_config: dict[str, Any] | None, *, family: str, llm: LlmPart, vision: VisionPart
-) -> VlmOptions:
+def read(config: dict[str, Any], tower_config: dict[str, Any] | None, *, family: str, parts: Parts) -> VlmOptions:
     """config.json -> options. A tower's own config.json must not contradict the vision_config."""
-    if config.get("model_type") != "llava" or not is_native(config):
+    if not is_native(config):
         raise CheckpointError("config.json is not a llava of transformers: model_type, text_config or vision_config")
     get = {**DEFAULTS, **config}.__getitem__
     for field in ("projector_hidden_act", "multimodal_projector_bias"):
@@ -58,12 +56,13 @@ def read(
             f"config.json: vision_feature_select_strategy must be default or full and vision_feature_layer one "
             f"integer, not {strategy!r} and {layer!r}"
         )
-    keep_class_token = strategy == "full"
-    tower = vision.from_hf(vision_config(config, vision, "config.json: vision_config"), layer, keep_class_token)
+    keep_first_token = strategy == "full"
+    tower = parts.vision_options(config, layer, keep_first_token, "config.json: vision_config")
     if tower_config is not None:
-        _check_same(tower, vision.from_hf(vision_config(tower_config, vision), layer, keep_class_token))
-    text = llm_config(config["text_config"], llm, "config.json: text_config")
-    decoder = llm.from_hf({**text, "tie_word_embeddings": _is_tied(config)})
+        check_same_tower(tower, parts.vision_options(tower_config, layer, keep_first_token))
+    text = {**config["text_config"], "tie_word_embeddings": _is_tied(config)}
+    # Whatever the llm alone has: the head of this class has no bias.
+    decoder = replace(parts.llm_options(text, "config.json: text_config"), has_head_bias=False)
     image_token_id = config.get("image_token_id", get("image_token_index"))
     has_image_token = image_token_id is not None and image_token_id < decoder.vocab_size
     return VlmOptions(
@@ -71,7 +70,7 @@ def read(
         vision=tower,
         projector=ProjectorOptions(kind="mlp2x_gelu", in_size=tower.hidden_size, out_size=decoder.hidden_size),
         llm=decoder,
-        image=vision.IMAGE,
+        image=parts.vision(tower).IMAGE,
         image_token_id=image_token_id if has_image_token else None,
         tokens_per_image=tower.num_features,
         hf=config,
@@ -86,7 +85,8 @@ def _is_tied(config: dict[str, Any]) -> bool:
     return tied
 
 
-def _check_same(ours: VisionOptions, towers: VisionOptions) -> None:
+def check_same_tower(ours: VisionOptions, towers: VisionOptions) -> None:
+    """CheckpointError: `towers`, what a tower's own config.json says, is not what the model's says."""
     for field in fields(VisionOptions):
         said, found = getattr(ours, field.name), getattr(towers, field.name)
         if said != found:
@@ -96,19 +96,20 @@ def _check_same(ours: VisionOptions, towers: VisionOptions) -> None:
             )
 
 
-def write(options: VlmOptions, *, llm: LlmPart, vision: VisionPart) -> dict[str, Any]:
+def write(options: VlmOptions, *, parts: Parts) -> dict[str, Any]:
     """Options -> config.json, written over the one they came from if that was in this spelling."""
-    if options.projector.kind != "mlp2x_gelu":
-        raise CheckpointError(
-            f"transformers' llava has no projector of kind {options.projector.kind!r}; export with --dialect original"
-        )
-    source, tower = (options.hf, options.hf["vision_config"]) if is_native(options.hf) else ({}, options.tower_hf or {})
+    llm, vision = parts.llm(options.llm), parts.vision(options.vision)
+    if options.projector.kind != "mlp2x_gelu" or options.llm.has_head_bias:
+        what = "bias on the head" if options.llm.has_head_bias else f"projector of kind {options.projector.kind!r}"
+        raise CheckpointError(f"transformers' llava has no {what}; export in the --dialect of the authors' code")
+    source = options.hf if is_native(options.hf) else {}
+    tower = options.hf.get("vision_config", options.tower_hf or {})
     known: dict[str, Any] = {
         "model_type": "llava",
         "tie_word_embeddings": options.llm.has_tied_embeddings,
         "text_config": llm.to_hf(options.llm, source.get("text_config", {})),
-        "vision_config": vision.to_hf(options.vision, vision_config(tower, vision)),
-        "vision_feature_select_strategy": "full" if options.vision.keep_class_token else "default",
+        "vision_config": vision.to_hf(options.vision, vision_config(tower)),
+        "vision_feature_select_strategy": "full" if options.vision.keep_first_token else "default",
         "vision_feature_layer": feature_layer(options.vision, source.get("vision_feature_layer", -2)),
     }
     if "image_token_id" not in source:
@@ -130,28 +131,30 @@ def feature_layer(vision: VisionOptions, said: int) -> int:
     return vision.num_layers - vision.stored_layers - 1
 
 
-def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any], *, llm: LlmPart, vision: VisionPart) -> dict[str, Any]:
+def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any], *, parts: Parts) -> dict[str, Any]:
     """config.json of a model made of a plain llm and a plain tower, in LLaVA-1.5's way. The vocabulary stays as the llm
     has it, so no id stands for a visual token: `image_token_index` is the first one behind it."""
-    text, tower = llm_config(llm_hf, llm, "the llm's config.json"), vision_config(tower_hf, vision)
+    llm = parts.llm_options(llm_hf, "the llm's config.json")
+    tower = parts.vision_options(tower_hf, -2, keep_first_token=False)
+    tower = replace(tower, keep_first_token=not tower.has_class_token)
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
-        "image_token_index": llm.from_hf(text).vocab_size,
-        "image_seq_length": vision.from_hf(tower, -2, keep_class_token=False).num_features,
+        "image_token_index": llm.vocab_size,
+        "image_seq_length": tower.num_features,
         "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "text_config": text,
-        "vision_config": {"model_type": vision.MODEL_TYPE, **tower},
-    } | {key: text[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in text}
+        "vision_feature_select_strategy": "full" if tower.keep_first_token else "default",
+        "text_config": llm_hf,
+        "vision_config": {"model_type": tower.model_type, **vision_config(tower_hf)},
+    } | {key: llm_hf[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in llm_hf}
 
 
-def keys(options: VlmOptions, *, llm: LlmPart, vision: VisionPart) -> KeyMap:
+def keys(options: VlmOptions, *, parts: Parts) -> KeyMap:
     """The table in the spelling of the published files (transformers up to 4.51), which every later version reads;
     whatever prefixes transformers has since put in or left out are accepted."""
     table = (
-        vision.keys(options.vision).renamed(ours="vision.", hf={"": "vision_tower.vision_model."})
+        parts.vision(options.vision).keys(options.vision).renamed(ours="vision.", hf={"": "vision_tower.vision_model."})
         + mlp.keys(options.projector).renamed(ours="projector.", hf={"": "multi_modal_projector."})
-        + llm.keys(options.llm).renamed(ours="llm.", hf={"": "language_model."})
+        + parts.llm(options.llm).keys(options.llm).renamed(ours="llm.", hf={"": "language_model."})
     )
     return table.accepting(_ALIASES)

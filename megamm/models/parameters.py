@@ -13,7 +13,9 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 from torch.nn import Parameter
 
+from megamm.config.frozen import VISUAL, is_frozen
 from megamm.errors import CheckpointError
+from megamm.models.layers import hyper_attention, modality_adaptive
 from megamm.models.vlm import VLM
 from megamm.parallel.groups import gather_over_tp
 from megamm.weights.draw import draw as draw_tensor
@@ -65,7 +67,7 @@ def fill(chunks: Iterable[VLM], keymap: KeyMap, read: Callable[[Entry], Tensor])
 
 def draw(chunks: Iterable[VLM], keymap: KeyMap, seed: int) -> None:
     """Fill every parameter at random, as weights/draw.py draws it."""
-    fill(chunks, keymap, lambda entry: draw_tensor(entry.name, entry.shape, seed))
+    fill(chunks, keymap, lambda entry: draw_tensor(entry.name, entry.shape, seed, entry.std))
 
 
 def join(entry: Entry, local: Tensor) -> Tensor:
@@ -75,14 +77,26 @@ def join(entry: Entry, local: Tensor) -> Tensor:
     return entry.join(gather_over_tp(local))
 
 
-def freeze(chunks: Iterable[VLM], parts: Collection[str]) -> None:
-    """Stop training the parameters of these parts (vision, projector, llm).
+def unit_of(name: str) -> str:
+    """The unit of the flat list to which the parameter of a canonical name belongs; `words`, which has none of its own,
+    is a guest in others."""
+    part, *rest = name.split(".")
+    if part in ("projector", "words"):
+        return part
+    if "layers" in rest:
+        return f"{part}.layer.{rest[rest.index('layers') + 1]}"
+    return "llm.head" if part == "llm" and rest[0] != "embedding" else f"{part}.embed"
+
+
+def freeze(chunks: Iterable[VLM], frozen: Collection[str]) -> None:
+    """Stop training what `frozen` names, as `train.freeze` says it.
 
     Where nothing in front of a stage is trained any more, the stage will neither compute nor send a gradient for it.
     """
     chunks = list(chunks)
     for name, parameter in canonical_parameters(chunks):
-        if name.split(".")[0] in parts:
+        is_visual = modality_adaptive.is_visual_way(name) or hyper_attention.is_visual_way(name)
+        if is_frozen(f"{unit_of(name)}.{VISUAL}" if is_visual else unit_of(name), frozen):
             parameter.requires_grad_(False)
     for chunk in chunks:
-        chunk.sends_gradient = any(unit.parameters and unit.part not in parts for unit in chunk.stage.earlier)
+        chunk.sends_gradient = any(unit.is_trained(frozen) for unit in chunk.stage.earlier)

@@ -1,6 +1,6 @@
 """From our options and the backend to megatron-core's TransformerConfig and layer specs, the one caller of these."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -8,14 +8,22 @@ import torch.nn.functional as F
 from megatron.core.activations import quick_gelu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megamm import backend
-from megamm.models.options import LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
+from megamm.config.schema import Loss
+from megamm.models.layers.hyper_attention import HyperAttention, HyperAttentionSubmodules, HyperLayer
+from megamm.models.layers.modality_adaptive import (
+    ModalityAdaptiveAttention,
+    ModalityAdaptiveLayer,
+    ModalityAdaptiveNorm,
+)
+from megamm.models.layers.parallel_residual import ParallelResidualLayer
+from megamm.models.options import HyperOptions, LlmOptions, ProjectorOptions, VisionOptions, VlmOptions
 from megamm.parallel.placement import Layout
 
 
@@ -28,6 +36,7 @@ class Build:
     layout: Layout
     precision: backend.Precision = "fp32"
     recompute: Literal["none", "full"] = "none"
+    loss: Loss = field(default_factory=Loss)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,7 +49,7 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh, "gelu": F.gelu}
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh, "gelu": F.gelu, "silu": F.silu}
 
 
 def _common(build: Build) -> dict[str, Any]:
@@ -87,8 +96,11 @@ def _pipeline(layout: Layout, part: str) -> dict[str, Any]:
 
 def llm_config(options: LlmOptions, build: Build) -> TransformerConfig:
     """The decoder's config; its pipeline fields are those of the whole model."""
+    common = _common(build)
+    # megatron-core fuses the activation of a gated MLP; the tanh GELU it refuses.
+    common["bias_activation_fusion"] = common["bias_activation_fusion"] and options.is_gated
     return TransformerConfig(
-        **_common(build),
+        **common,
         **_pipeline(build.layout, "llm"),
         **_fp8(build),
         num_layers=options.num_layers,
@@ -99,10 +111,12 @@ def llm_config(options: LlmOptions, build: Build) -> TransformerConfig:
         kv_channels=options.head_dim,
         normalization=options.norm,
         layernorm_epsilon=options.norm_eps,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
+        activation_func=_ACTIVATIONS[options.activation],
+        gated_linear_unit=options.is_gated,
+        add_bias_linear=options.has_bias,
         add_qkv_bias=options.has_qkv_bias,
+        # (to the left, to the right), the query's own position not counted.
+        window_size=None if options.window is None else (options.window - 1, 0),
         sequence_parallel=build.sequence_parallel,
     )
 
@@ -127,15 +141,16 @@ def vision_config(options: VisionOptions, build: Build) -> TransformerConfig:
 
 
 def projector_config(options: ProjectorOptions, build: Build) -> TransformerConfig:
-    """What the projector's linears read: sizes, dtype, tensor parallelism. It has no layers of its own."""
+    """What the projector's modules read: sizes, dtype, tensor parallelism. It has no layers of megatron-core's."""
     common = {**_common(build), "bias_activation_fusion": False, "pipeline_model_parallel_size": 1}
-    for field in ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "variable_seq_lengths", "pipeline_dtype"):
-        common.pop(field, None)
+    for name in ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "variable_seq_lengths", "pipeline_dtype"):
+        common.pop(name, None)
     return TransformerConfig(
         **common,
         num_layers=1,
-        hidden_size=options.out_size,
-        num_attention_heads=build.tp,
+        hidden_size=options.in_size if options.num_heads else options.out_size,
+        num_attention_heads=options.num_heads or build.tp,
+        kv_channels=options.head_dim or None,
         sequence_parallel=False,
     )
 
@@ -158,16 +173,17 @@ class PartConfigs:
         )
 
 
-def layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
+def layer_spec(attn_mask_type: AttnMaskType, parallel_residual: bool = False) -> ModuleSpec:
     """One pre-norm transformer layer on the backend's modules; causal for a decoder, no_mask for a tower.
 
     Local layers keep their norm in a module of its own; the map gives it the name that Transformer Engine's fused
-    layers write, so that one checkpoint serves both backends.
+    layers write, so that one checkpoint serves both backends. With `parallel_residual` attention and MLP share the
+    input norm, which then is a module of its own everywhere and keeps its name.
     """
     layers = backend.current().layers
-    fused = layers.norm_column_linear
+    fused = None if parallel_residual else layers.norm_column_linear
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ParallelResidualLayer if parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else layers.norm,
             self_attention=ModuleSpec(
@@ -180,14 +196,14 @@ def layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp if fused else layers.norm,
+            pre_mlp_layernorm=IdentityOp if fused or parallel_residual else layers.norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(linear_fc1=fused or layers.column_linear, linear_fc2=layers.row_linear),
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={}
-            if fused
+            if fused or parallel_residual
             else {
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -198,4 +214,65 @@ def layer_spec(attn_mask_type: AttnMaskType) -> ModuleSpec:
 
 def decoder_layer_spec(options: LlmOptions, layer: int) -> ModuleSpec:
     """Layer number `layer` of a decoder, counted from 0 over all stages."""
-    return layer_spec(AttnMaskType.causal)
+    if options.is_modality_adaptive:
+        return modality_adaptive_layer_spec()
+    spec = layer_spec(AttnMaskType.causal, options.has_parallel_residual)
+    if options.hyper is None or layer not in options.hyper.layers:
+        return spec
+    return hyper_layer_spec(spec, options.hyper)
+
+
+def hyper_layer_spec(spec: ModuleSpec, hyper: HyperOptions) -> ModuleSpec:
+    """The layer of `spec`, made to read the visual tokens, too. Its first norm stands alone on every backend: text and
+    visual tokens go through it on their way to two linears."""
+    layers = backend.current().layers
+    attention = HyperAttentionSubmodules(
+        linear_qkv=layers.column_linear,
+        core_attention=layers.core_attention,
+        linear_proj=layers.row_linear,
+        linear_image_kv=layers.column_linear,
+    )
+    first_norm = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return ModuleSpec(
+        module=HyperLayer,
+        submodules=replace(
+            spec.submodules,
+            input_layernorm=layers.norm,
+            self_attention=ModuleSpec(
+                module=HyperAttention,
+                params={"attn_mask_type": AttnMaskType.causal, "hyper": hyper},
+                submodules=attention,
+            ),
+            sharded_state_dict_keys_map=spec.submodules.sharded_state_dict_keys_map | first_norm,
+        ),
+    )
+
+
+def modality_adaptive_layer_spec() -> ModuleSpec:
+    """A decoder layer with norms, keys and values twice. Its norms are never fused into the linears behind them, for
+    which way a token goes is decided between the two."""
+    layers = backend.current().layers
+    norm = ModuleSpec(module=ModalityAdaptiveNorm, params={"norm": layers.norm})
+    return ModuleSpec(
+        module=ModalityAdaptiveLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=ModalityAdaptiveAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=CrossAttentionSubmodules(
+                    linear_q=layers.column_linear,
+                    linear_kv=layers.column_linear,
+                    core_attention=layers.core_attention,
+                    linear_proj=layers.row_linear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=layers.column_linear, linear_fc2=layers.row_linear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

@@ -6,6 +6,7 @@ behind the projector, hidden states [S, B, H] inside the llm (S divided by tp un
 visual tokens as further rows behind them (parallel/carry.py) where a later unit reads these.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,18 @@ from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
+from torch.nn import Parameter
 
 from megamm.batch import IMAGE, Batch
+from megamm.config.schema import Loss
+from megamm.models.layers.modality_adaptive import is_visual
 from megamm.models.layers.recompute import keep_gradient_path
+from megamm.models.layers.visual_words import VisualWords, gather_rows
 from megamm.models.llm.decoder import Decoder
 from megamm.models.options import VlmOptions
+from megamm.models.projector.abstractor_layers import Abstractor
 from megamm.models.projector.layers import Projector
+from megamm.models.projector.resampler_layers import Resampler
 from megamm.models.spec import PartConfigs
 from megamm.models.vision.vit import VisionTower, select_features
 from megamm.parallel import carry
@@ -34,27 +41,58 @@ class VLM(MegatronModule):
     model_type = ModelType.encoder_or_decoder
     share_embeddings_and_output_weights = False
 
-    def __init__(self, options: VlmOptions, configs: PartConfigs, stage: Stage):
+    def __init__(self, options: VlmOptions, configs: PartConfigs, stage: Stage, loss: Loss):
         super().__init__(config=configs.llm)
         self.options = options
         self.stage = stage
+        self.loss = loss
         self.vp_stage = stage.vp_stage if configs.llm.virtual_pipeline_model_parallel_size else None
         self.pre_process = not stage.earlier
         self.post_process = not stage.later
         self.vision: VisionTower | None = None
-        self.projector: Projector | None = None
+        self.projector: Projector | Abstractor | Resampler | None = None
         self.llm: Decoder | None = None
         if stage.has("vision.embed") or stage.vision_layers:
             self.vision = VisionTower(options.vision, configs.vision, stage)
         if stage.has("projector"):
-            self.projector = Projector(options.projector, configs.projector)
+            if options.projector.kind == "abstractor":
+                self.projector = Abstractor(options.projector, configs.projector, options.vision.num_features)
+            elif options.projector.num_queries:
+                self.projector = Resampler(options.projector, configs.projector)
+            else:
+                self.projector = Projector(options.projector, configs.projector)
         if stage.has("llm.embed") or stage.llm_layers or stage.has("llm.head"):
             self.llm = Decoder(options.llm, self.config, stage)
+        self.words: VisualWords | None = None
+        if any(options.reads_words(unit.name) for unit in stage.units):
+            self._add_words(configs)
         self.sends_gradient = bool(stage.earlier)
         """Whether something in front of this stage is trained and waits for a gradient; `parameters.freeze` sets it."""
         self._received: Any = None
         self._reads_features = any(options.reads_features(unit.name) for unit in stage.units)
         self._sends_features = any(options.reads_features(unit.name) for unit in stage.later)
+
+    def _add_words(self, configs: PartConfigs) -> None:
+        """The head of visual words; marked as `Decoder` marks a tied embedding where another stage has a copy."""
+        homes = [name for name in ("llm.embed", "llm.head") if self.options.reads_words(name)]
+        has_all = all(self.stage.has(name) for name in homes)
+        is_copy = not self.stage.has(homes[0])
+        self.words = VisualWords(self.options.llm, configs.projector, is_copy)
+        if not has_all:
+            self.words.vm_head.weight.shared_embedding = True
+            self.words.vm_head.weight.shared = is_copy
+        self._ties_words = not has_all
+
+    @property
+    def tied_copies(self) -> dict[str, Parameter]:
+        """Weights of which another stage has a copy, too, by a name that is the same there. Both copies live where
+        `llm.embed` and `llm.head` do, and train on the sum of their gradients."""
+        copies = {}
+        if self.llm is not None and self.llm.tied_copy is not None:
+            copies["embedding"] = self.llm.tied_copy
+        if self.words is not None and self._ties_words:
+            copies["words"] = self.words.vm_head.weight
+        return copies
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take what the stage before sent; called by megatron-core's schedules ahead of every forward."""
@@ -72,7 +110,8 @@ class VLM(MegatronModule):
         """Run this stage.
 
         Returns what crosses the boundary, or on the stage of `llm.head` the loss of every position, float32 [B, S], not
-        masked; with `keep_logits` the logits [B, S, V / tp] instead.
+        masked; with visual words [2, B, S], behind the cross-entropy the divergence. With `keep_logits` the logits
+        [B, S, V / tp] instead.
         """
         x = self._received
         if self.vision is not None:
@@ -84,6 +123,8 @@ class VLM(MegatronModule):
             if self.stage.has("llm.embed"):
                 if self._reads_features or self._sends_features:
                     features_R1H = self.flatten_features(x)
+                if self.options.has_pseudo_features and self.words is not None:
+                    x = self.words.pseudo_features(x, self.llm.embedding.word_embeddings.weight, self.words.log_words)
                 x = self.place(x, batch)
             elif self._reads_features or self._sends_features:
                 x, features_R1H = carry.unpack(x, self.local_length(batch), batch.ids_BS.size(0))
@@ -123,10 +164,28 @@ class VLM(MegatronModule):
         x_SBH = keep_gradient_path(x_SBH, self.llm.decoder)
         if not self.llm.pre_process:
             self.llm.set_input_tensor(x_SBH)
-        return self.llm(
+        side: dict[str, Tensor] = {}
+        if self.options.llm.hyper is not None and self._reads_features:
+            assert features_R1H is not None
+            side = {"context": features_R1H, "context_mask": batch.starts_BM}
+        elif self.options.llm.is_modality_adaptive:
+            side["context_mask"] = is_visual(batch)
+        run = partial(
+            self.llm,
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=x_SBH if self.llm.pre_process else None,
             labels=None if keep_logits else batch.targets_BS.clamp(min=0),
+            extra_block_kwargs=side,
         )
+        if self.words is None or keep_logits or not self.llm.post_process:
+            return run()
+        assert features_R1H is not None
+        hidden: list[Tensor] = []
+        hook = self.llm.decoder.register_forward_hook(lambda _, __, output: hidden.append(output))
+        loss_BS = run()
+        hook.remove()
+        rows = [gather_rows(x) if self.config.sequence_parallel else x for x in (features_R1H, *hidden)]
+        kl_BS = self.words(rows[0].squeeze(1), rows[1], self.llm.head_weight, batch, self.loss)
+        return torch.stack([loss_BS, kl_BS])

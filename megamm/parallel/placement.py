@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, groupby
 from math import inf
 
+from megamm.config.frozen import is_frozen
 from megamm.config.schema import Parallel
 from megamm.errors import ConfigError
 
@@ -38,11 +39,17 @@ class Unit:
     """Weights, over all tensor parallel ranks."""
     activation_bytes: int
     """Bytes kept from the forward to the backward pass of one micro-batch, over all tensor parallel ranks."""
+    guests: tuple[str, ...] = ()
+    """Further parts that have weights in this unit."""
 
     @property
     def part(self) -> str:
         """The part of the model it belongs to: vision, projector or llm."""
         return self.name.split(".")[0]
+
+    def is_trained(self, frozen: Collection[str]) -> bool:
+        """Whether it has weights that `frozen`, as `train.freeze` says it, leaves to train."""
+        return bool(self.parameters) and not all(is_frozen(name, frozen) for name in (self.name, *self.guests))
 
     @property
     def symbol(self) -> str:
@@ -145,14 +152,14 @@ class Layout:
 def step_flops(units: Sequence[Unit], frozen: Collection[str], recompute: bool = False) -> list[float]:
     """FLOPs of the forward and backward pass of one micro-batch, of each unit.
 
-    frozen: names of parts or of single units that are not trained. recompute: whether the forward pass is run again in
+    frozen: what is not trained, as `train.freeze` says it. recompute: whether the forward pass is run again in
     the backward pass. A backward pass costs one forward for the gradient of the weights, where they are trained, and
     one for the gradient of the input, where something before it is trained.
     """
     costs = []
     trained_before = False
     for unit in units:
-        trained = bool(unit.parameters) and unit.part not in frozen and unit.name not in frozen
+        trained = unit.is_trained(frozen)
         passes = trained + trained_before
         costs.append(unit.flops * (1 + passes + (recompute and passes > 0)))
         trained_before = trained_before or trained

@@ -1,6 +1,7 @@
 """Tiny random datasets in megamm's own format."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,12 @@ def random_dataset(
     max_length: int = 24,
     max_images: int = 2,
     seed: int = 0,
+    placeholder: Sequence[int] | None = None,
 ) -> None:
     """Write documents of 8 to `max_length` random ids with 0 to `max_images` random small PNG pictures each.
 
     Ids below 3 are left out (unk, bos, eos by custom); the second half of every document is target.
+    `placeholder`: the ids that stand for a picture, for a family whose visual tokens are no part of the sequence.
     """
     draw = np.random.RandomState(seed)
     with Writer(prefix) as writer:
@@ -32,7 +35,7 @@ def random_dataset(
             ids[1 : 1 + num_images] = IMAGE
             pictures = [_png(draw.randint(0, 256, size=(20, 30, 3), dtype=np.uint8)) for _ in range(num_images)]
             writer.add(ids, pictures, np.array([[len(ids) // 2, len(ids)]], dtype=np.int32))
-        writer.finish({"family": family})
+        writer.finish({"family": family} | ({} if placeholder is None else {"placeholder": list(placeholder)}))
 
 
 def _png(rgb: np.ndarray) -> bytes:

@@ -98,6 +98,7 @@ def run(config: Config, found: Plan, ranks: Ranks) -> float:
             now.step,
             loss=result.loss,
             grad_norm=result.grad_norm,
+            **result.terms,
             lr=lr,
             tokens=tokens,
             images=images,

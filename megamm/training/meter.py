@@ -25,6 +25,8 @@ LOG = "log.jsonl"
 
 _TAGS = {
     "loss": "train/loss",
+    "loss_lm": "train/loss_lm",
+    "loss_vm": "train/loss_vm",
     "grad_norm": "train/grad_norm",
     "lr": "train/lr",
     "eval_loss": "eval/loss",
@@ -37,6 +39,9 @@ _TAGS = {
 }
 
 
+_OPTIONAL = ("eval_loss", "loss_lm", "loss_vm")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
     """What is written of one step."""
@@ -44,7 +49,7 @@ class Line:
     step: int
     """Optimizer steps done, this one included."""
     loss: float
-    """Mean over the supervised tokens of the global batch."""
+    """Mean over the supervised tokens of the global batch; of a loss with several terms, their weighted sum."""
     grad_norm: float
     """Global gradient norm before clipping."""
     lr: float
@@ -65,6 +70,10 @@ class Line:
     """Samples seen since the beginning of the training."""
     eval_loss: float | None = None
     """Loss on the evaluation data after this step; None where there was no evaluation."""
+    loss_lm: float | None = None
+    """Mean cross-entropy over the supervised tokens, where the loss has a second term."""
+    loss_vm: float | None = None
+    """Mean divergence between visual words and predictions over the visual tokens, where the loss has it."""
 
 
 class Meter:
@@ -124,6 +133,8 @@ class Meter:
         step_s: float,
         data_wait_s: float,
         eval_loss: float | None = None,
+        loss_lm: float | None = None,
+        loss_vm: float | None = None,
     ) -> None:
         """Write the line of step number `step`. tokens, images: of the global batch; for the rest see `Line`."""
         if not self.is_writer:
@@ -142,6 +153,8 @@ class Meter:
             memory_gib=self.memory_bytes() / 2**30,
             samples=samples,
             eval_loss=eval_loss,
+            loss_lm=loss_lm,
+            loss_vm=loss_vm,
         )
         self._write_json(line)
         for name, tag in _TAGS.items():
@@ -173,7 +186,7 @@ class Meter:
         values = {
             key: None if isinstance(value, float) and not isfinite(value) else value
             for key, value in asdict(line).items()
-            if key != "eval_loss" or value is not None
+            if key not in _OPTIONAL or value is not None
         }
         self._log.write(json.dumps(values) + "\n")
         self._log.flush()  # a run that is killed has logged every step it has done
@@ -204,6 +217,8 @@ def format_line(line: Line, total_steps: int) -> str:
         f"data wait {line.data_wait_s:.3f} s",
         f"{line.memory_gib:.2f} GiB",
     ]
+    if line.loss_lm is not None and line.loss_vm is not None:
+        fields[1] += f" (lm {line.loss_lm:.4f}, vm {line.loss_vm:.4f})"
     if line.eval_loss is not None:
         fields.insert(2, f"eval loss {line.eval_loss:.4f}")
     return " | ".join(fields)

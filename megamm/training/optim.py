@@ -1,6 +1,7 @@
 """DDP, the distributed optimizer, its parameter groups and its schedule."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,22 +53,24 @@ def wrap(stages: Sequence[VLM], *, distributed_optimizer: bool = True) -> list[D
 
 
 def reduce_gradients(stages: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """megatron-core's reductions, then the sum over the copies of a tied embedding, wherever they live.
+    """megatron-core's reductions, then the sum over the copies of tied weights, wherever they live.
 
     Its own reduction takes virtual stage 0 on every rank but the last, so it is never used (`VLM` does not declare that
     it shares weights). The copies may even lie in two virtual stages of one rank.
     """
     finalize_model_grads(stages, num_tokens, **kwargs)
-    llms = [unwrapped.llm for unwrapped in (stage.module for stage in stages) if unwrapped.llm is not None]
-    grads = [llm.tied_copy.main_grad for llm in llms if llm.tied_copy is not None and llm.tied_copy.requires_grad]
-    if not grads:
-        return
-    total = torch.stack(grads).sum(0)
-    group = parallel_state.get_embedding_group()
-    if group.size() > 1:
-        torch.distributed.all_reduce(total, group=group)
-    for grad in grads:
-        grad.copy_(total)
+    grads: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for stage in stages:
+        for name, copy in stage.module.tied_copies.items():
+            if copy.requires_grad:
+                grads[name].append(copy.main_grad)
+    for name in sorted(grads):
+        total = torch.stack(grads[name]).sum(0)
+        group = parallel_state.get_embedding_group()
+        if group.size() > 1:
+            torch.distributed.all_reduce(total, group=group)
+        for grad in grads[name]:
+            grad.copy_(total)
 
 
 def _store_bucket_padding(stage: DistributedDataParallel) -> None:

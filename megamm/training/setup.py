@@ -8,14 +8,15 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megamm.config.check import find_problems
-from megamm.config.schema import Checkpoint, Config, Data
+from megamm.config.frozen import TEXT_WAY, num_frozen_layers
+from megamm.config.schema import PARTS, Checkpoint, Config, Data, Loss
 from megamm.data.image import ImageFormat
 from megamm.data.indexed import Reader
 from megamm.data.tokenizer_files import tokenizer_hash
@@ -61,6 +62,7 @@ class Plan:
             layout=self.layout,
             precision=config.train.precision,
             recompute=config.train.recompute,
+            loss=config.loss,
         )
 
     def flops(self, config: Config, num_tokens: float, num_images: float, seq_length: float) -> float:
@@ -110,11 +112,16 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
         problems += of_sizes
         if not of_config and not of_sizes:
             problems += _interleaving_problems(config, choose_layout(config.parallel, names_only), world_size)
-    if config.data.max_tokens > options.llm.max_positions:
+    problems += _part_problems(config, options)
+    if config.data.max_tokens > (longest := max(options.llm.max_positions, options.max_tokens or 0)):
         problems.append(
-            f"data.max_tokens={config.data.max_tokens}: the llm was made for {options.llm.max_positions} positions; "
-            "give at most that"
+            f"data.max_tokens={config.data.max_tokens}: the model was made for {longest} positions; give at most that"
         )
+    for part, layers in (("vision", options.vision.num_layers), ("llm", options.llm.num_layers)):
+        if (first := num_frozen_layers(part, config.train.freeze)) > layers:
+            problems.append(f"train.freeze={part}[:{first}]: the {part} has {layers} layers; give at most {layers}")
+    if TEXT_WAY in config.train.freeze and not options.llm.is_modality_adaptive and options.llm.hyper is None:
+        problems.append(f"train.freeze={TEXT_WAY}: this llm has no weights for visual tokens only; give llm instead")
     for name, reader in readers.items():
         problems += _data_problems(name, reader, model)
     if resumed is not None and config.checkpoint.resume:
@@ -150,6 +157,25 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
     )
 
 
+def _part_problems(config: Config, options: VlmOptions) -> list[str]:
+    """Whether what is frozen and minimised is something that the model has."""
+    family, freeze = options.family, config.train.freeze
+    problems = []
+    if strangers := [part for part in freeze if part in PARTS and part not in options.parts]:
+        problems.append(
+            f"train.freeze={', '.join(strangers)}: family {family} has none; its parts are {', '.join(options.parts)}"
+        )
+    if set(options.parts) <= set(freeze):
+        problems.append(f"train.freeze={', '.join(freeze)} leaves nothing to train; leave out one of them")
+    if not options.has_visual_words and config.loss != Loss():
+        changed = [f.name for f in fields(Loss) if getattr(config.loss, f.name) != getattr(Loss(), f.name)]
+        problems.append(
+            f"loss.{', loss.'.join(changed)}: family {family} has no visual words, so there is one term only; leave "
+            "these out"
+        )
+    return problems
+
+
 def _interleaving_problems(config: Config, layout: Layout, world_size: int) -> list[str]:
     """Virtual stages pass micro-batches on in groups of pp."""
     parallel, train = config.parallel, config.train
@@ -165,9 +191,10 @@ def _interleaving_problems(config: Config, layout: Layout, world_size: int) -> l
 
 def part_sizes(options: VlmOptions) -> dict[str, Sizes]:
     """The sizes that tensor parallelism divides."""
-    vision, llm = options.vision, options.llm
+    vision, projector, llm = options.vision, options.projector, options.llm
     return {
         "vision": Sizes(heads=vision.num_heads, groups=vision.num_heads, ffn=vision.ffn_size),
+        "projector": Sizes(heads=projector.num_heads or None, ffn=projector.ffn_size or None),
         "llm": Sizes(heads=llm.num_heads, groups=llm.num_groups, ffn=llm.ffn_size, vocab=llm.padded_vocab_size),
     }
 
@@ -274,5 +301,7 @@ def _mean_sample(options: VlmOptions, data: Data, reader: Reader | None) -> tupl
     """Mean tokens, after the cut, and mean images of a sample; without data a full sequence with one picture."""
     if reader is None or not len(reader):
         return float(data.max_tokens), 1.0
-    tokens = reader.num_ids + reader.num_images * (options.tokens_per_image - 1)
+    placeholder = reader.info.get("placeholder")
+    per_image = options.tokens_per_image if placeholder is None else len(placeholder)
+    tokens = reader.num_ids + reader.num_images * (per_image - 1)
     return float(np.minimum(tokens, data.max_tokens).mean()), float(reader.num_images.mean())

@@ -5,7 +5,7 @@ Tables come from a family, which is passed in; this file names none.
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megamm.errors import CheckpointError
+from megamm.log import get_logger
 from megamm.weights.directory import (
     HF_FILES,
     INFO,
@@ -39,6 +40,8 @@ from megamm.weights.hf import (
 from megamm.weights.keymap import Entry, KeyMap, fill, match
 from megamm.weights.torch_dist import StoredTensors, save_torch_dist
 
+log = get_logger(__name__)
+
 
 class FamilyTables(Protocol):
     """What conversion needs of a family."""
@@ -52,9 +55,17 @@ class FamilyTables(Protocol):
     @property
     def compose(self) -> Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]: ...
     @property
+    def complete(self) -> Callable[[dict[str, Any], Iterable[str]], dict[str, Any]]: ...
+    @property
     def drawn(self) -> tuple[str, ...]: ...
     @property
+    def duplicated(self) -> Callable[[Any], dict[str, str]]: ...
+    @property
+    def is_recognised(self) -> bool: ...
+    @property
     def keys(self) -> Mapping[str, Callable[[Any], KeyMap]]: ...
+    @property
+    def start_keys(self) -> Callable[[Any], KeyMap] | None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,33 +82,41 @@ class HfCheckpoint:
     drawn: Mapping[str, TensorInfo] = field(default_factory=dict)
     """Canonical names that no directory has and that are drawn instead."""
     seed: int = 0
+    duplicated: Mapping[str, str] = field(default_factory=dict)
+    """Canonical names that no directory has -> those whose weights they begin with."""
 
     def load(self, name: str) -> Tensor:
         """The global tensor of a canonical name, in its source dtype, vocabulary padded."""
+        name = self.duplicated.get(name, name)
         entry = self.table[name]
         if name in self.drawn:
-            return draw(name, entry.shape, self.seed).to(self.drawn[name].dtype)
+            return draw(name, entry.shape, self.seed, entry.std).to(self.drawn[name].dtype)
         return entry.pack([self.source.read(key) for key in entry.hf])
 
     def metas(self) -> dict[str, Tensor]:
         """Every canonical tensor without data. CheckpointError: dtypes that do not fit together."""
         infos = self.source.infos
-        return {
+        found = {
             entry.name: self.drawn[entry.name].meta()
             if entry.name in self.drawn
             else entry.pack([infos[key].meta() for key in entry.hf])
             for entry in self.table.entries()
+            if entry.name not in self.duplicated
         }
+        return found | {name: found[other] for name, other in self.duplicated.items()}
 
     def origins(self) -> dict[tuple[str, str, str], list[str]]:
-        """(part, how, directory) -> the canonical names that came from there so. How is copied or drawn, and would be
-        duplicated for what a family copies to a second place, too."""
+        """(part, how, directory) -> the canonical names that came from there so. How is copied, drawn, or duplicated
+        for what is a copy of another weight of the model."""
         origins: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for entry in self.table.entries():
             part = entry.name.split(".")[0]
-            is_drawn = entry.name in self.drawn
-            origin = (part, "drawn", "") if is_drawn else (part, "copied", str(self.source.file(entry.hf[0]).parent))
-            origins[origin].append(entry.name)
+            if entry.name in self.drawn:
+                origins[part, "drawn", ""].append(entry.name)
+                continue
+            how = "duplicated" if entry.name in self.duplicated else "copied"
+            first = self.table[self.duplicated.get(entry.name, entry.name)].hf[0]
+            origins[part, how, str(self.source.file(first).parent)].append(entry.name)
         return dict(origins)
 
     def load_slice(self, name: str, tp_rank: int, tp_size: int) -> Tensor:
@@ -109,9 +128,11 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
     """Open a Hugging Face directory as the one of `families` whose configuration and key names it has.
 
     `tower_dir` fills only tensors that `hf_dir` lacks, and the tower's sizes where config.json leaves them out. Nothing
-    is read but names, shapes and dtypes, and every row is checked against them. CheckpointError: no family fits, or
-    several do and the user must say which.
+    is read but names, shapes and dtypes, and every row is checked against them. Only where there is one family, what it
+    duplicates may be absent. CheckpointError: no family fits, or several do and the user must say which.
     """
+    is_named = len(families) == 1
+    families = families if is_named else [family for family in families if family.is_recognised]
     config = read_config(hf_dir)
     _refuse_adapter(hf_dir)
     source = HfSource(hf_dir)
@@ -120,7 +141,8 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
     refusals: dict[str, CheckpointError] = {}
     for family in families:
         try:
-            checkpoint = _open_as(family, config, tower_config, source, parts)
+            may_duplicate = is_named and family.start_keys is None
+            checkpoint = _open_as(family, config, tower_config, source, parts, may_duplicate=may_duplicate)
             checkpoint.metas()  # what cannot be packed is refused here
             found.append(checkpoint)
         except CheckpointError as error:
@@ -151,7 +173,10 @@ def open_start(
         _refuse_adapter(hf_dir)
         source = HfSource(hf_dir)
         config = read_config(hf_dir) if (Path(hf_dir) / CONFIG).exists() else config
-    checkpoint = _open_as(family, config, tower_config, source, (llm, tower), family.drawn)
+    keys = None if family.start_keys is None else {family.export_dialect: family.start_keys}
+    checkpoint = _open_as(
+        family, config, tower_config, source, (llm, tower), family.drawn, may_duplicate=True, keys=keys
+    )
     if unused := sorted(llm.infos.keys() - fill((), llm.infos, checkpoint.table).values()):
         raise CheckpointError(
             f"{llm_dir} holds {unused[0]} ({len(unused)} such tensors), which the llm of family {family.name} does not "
@@ -159,7 +184,11 @@ def open_start(
         )
     dtype = Counter(info.dtype for info in llm.infos.values()).most_common(1)[0][0]
     found = checkpoint.source.infos.keys()
-    drawn = {e.name: TensorInfo(e.shape, dtype) for e in checkpoint.table.entries() if not found >= set(e.hf)}
+    drawn = {
+        entry.name: TensorInfo(entry.shape, dtype)
+        for entry in checkpoint.table.entries()
+        if not found >= set(entry.hf) and entry.name not in checkpoint.duplicated
+    }
     checkpoint = replace(checkpoint, drawn=drawn, seed=seed)
     checkpoint.metas()
     return checkpoint
@@ -186,18 +215,25 @@ def _open_as(
     source: HfSource,
     parts: Sequence[HfSource],
     new: tuple[str, ...] = (),
+    may_duplicate: bool = False,
+    keys: Mapping[str, Callable[[Any], KeyMap]] | None = None,
 ) -> HfCheckpoint:
-    """`parts` fill what `source` lacks, one after the other; what begins with one of `new` may be nowhere."""
+    """`parts` fill what `source` lacks, one after the other; what begins with one of `new` may be nowhere, and with
+    `may_duplicate` what the family duplicates. `keys`: by default the family's."""
+    config = family.complete(config, source.infos)
     options = family.read(config, tower_config)
-    tables = {dialect: make(options) for dialect, make in family.keys.items()}
-    dialect = match(source.infos, tables, [part.infos for part in parts], new)
+    made = {dialect: make(options) for dialect, make in (keys or family.keys).items()}
+    tables = {dialect: table for dialect, table in made.items() if table.entries()}
+    copies = family.duplicated(options) if may_duplicate else {}
+    dialect = match(source.infos, tables, [part.infos for part in parts], new, copies)
     table = tables[dialect]
     source = source.renamed(table.spelt(source.infos))
     for part in parts:
         source += part.renamed(fill(source.infos, part.infos, table))
     _check_shapes(table, source.infos)
     info = CheckpointInfo(family=family.name, dialect=dialect, hf_config=config, tower_config=tower_config)
-    return HfCheckpoint(family=family, info=info, options=options, table=table, source=source)
+    copies = {name: other for name, other in copies.items() if not source.infos.keys() >= set(table[name].hf)}
+    return HfCheckpoint(family=family, info=info, options=options, table=table, source=source, duplicated=copies)
 
 
 def _check_shapes(table: KeyMap, infos: Mapping[str, TensorInfo]) -> None:
@@ -266,7 +302,8 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
     _check_complete(table, stored.infos, source_dir)
 
     infos: dict[str, TensorInfo] = {}
-    for entry in table.entries():
+    exported = [entry for entry in table.entries() if entry.is_exported]
+    for entry in exported:
         metas = entry.unpack(stored.infos[entry.name].meta())
         infos |= zip(entry.hf, map(TensorInfo.of, metas), strict=True)
     config = _with_dtype(config, {tensor.dtype for tensor in infos.values()})
@@ -279,7 +316,7 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
         infos |= {name: kept.infos[theirs] for name, theirs in kept_names.items()}
     with new_directory(output) as directory:
         with HfWriter(directory, infos) as writer:
-            for entry in table.entries():
+            for entry in exported:
                 _export_entry(entry, stored, writer)
             if kept:
                 for name, theirs in kept_names.items():
@@ -290,6 +327,8 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
             write_json(directory / TOWER / CONFIG, tower_config)
         if (source_dir / HF_FILES).is_dir():
             shutil.copytree(source_dir / HF_FILES, directory, dirs_exist_ok=True)
+    if left_out := [entry.name for entry in table.entries() if not entry.is_exported]:
+        log.warning("left out, since dialect %s has no place for it: %s", dialect, ", ".join(left_out))
     return dialect
 
 

@@ -44,7 +44,7 @@ class CheckpointInfo:
     dialect: str
     """The dialect imported from, in which kept.safetensors is written; the default one of an export."""
     hf_config: dict[str, Any]
-    """The config.json imported from, word for word."""
+    """The config.json imported from, word for word, but for what its family noted of the key names."""
     tower_config: dict[str, Any] | None = None
     """The config.json of the vision tower's own directory, word for word; None: it was not given, or has none."""
 

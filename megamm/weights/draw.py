@@ -4,6 +4,7 @@ Shared by a start that is written without a model and by a model that is built w
 """
 
 import hashlib
+import re
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int, std: float = 0.02) -> Ten
     """The whole tensor of a canonical name, float32: norms 1, biases 0, the rest normal(0, std)."""
     if name.endswith("bias"):
         return torch.zeros(shape)
-    if name.endswith(("norm.weight", "layer_norm_weight", "layernorm.weight")):
+    if re.search(r"norm(\.\d+)?[._]weight$", name):
         return torch.ones(shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

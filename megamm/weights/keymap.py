@@ -8,7 +8,7 @@ only: no model, no file.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -45,6 +45,10 @@ class Row:
     """Key of pack.PACKINGS."""
     tp: str | None = None
     """Key of shard.PARTITION_DIM. `vocab` pads on import and cuts on export."""
+    std: float = 0.02
+    """Standard deviation that it is drawn with, where it is drawn and is neither norm nor bias."""
+    is_exported: bool = True
+    """Whether an export writes it; False: the layout has no place for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class Entry:
     packing: str
     tp: str | None
     dims: Dims
+    std: float = 0.02
+    is_exported: bool = True
 
     @property
     def partition_dim(self) -> int | None:
@@ -146,8 +152,10 @@ class KeyMap:
         return table
 
     def __add__(self, other: "KeyMap") -> "KeyMap":
-        """Both tables, each row with its own sizes."""
-        return KeyMap._of((*self._rows, *other._rows))
+        """Both tables, each row with its own sizes, and what both accept."""
+        table = KeyMap._of((*self._rows, *other._rows))
+        table._aliases = self._aliases | other._aliases
+        return table
 
     def renamed(self, *, ours: str = "", hf: Mapping[str, str] | None = None) -> "KeyMap":
         """`ours` put before canonical names; in Hugging Face names the longest prefix that is in `hf` replaced."""
@@ -161,7 +169,7 @@ class KeyMap:
 
     def accepting(self, aliases: Mapping[str, str]) -> "KeyMap":
         """This table for releases, too, whose names begin with a key of `aliases` where its own begin with the value;
-        the longest one that fits counts. The last step: `+` and `renamed` forget it."""
+        the longest one that fits counts. `renamed` forgets it."""
         table = KeyMap._of(self._rows)
         table._aliases = dict(aliases)
         return table
@@ -238,17 +246,17 @@ def _check(row: Row | Keep, dims: Dims) -> None:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab_padded rows, not shape {row.shape}")
     if row.tp == "vocab" and not 0 < dims.vocab <= dims.vocab_padded:
         raise ValueError(f"{row.name}: tp 'vocab' needs dims.vocab and a dims.vocab_padded that holds it")
-    if row.pack == "qkv" and (dims.groups < 1 or dims.heads % dims.groups):
-        raise ValueError(f"{row.name}: pack 'qkv' needs dims.heads to be a multiple of dims.groups")
+    if row.pack in ("qkv", "qkv_fused", "kv") and (dims.groups < 1 or dims.heads % dims.groups):
+        raise ValueError(f"{row.name}: pack {row.pack!r} needs dims.heads to be a multiple of dims.groups")
 
 
 def _expand(row: Row, dims: Dims) -> Iterator[Entry]:
     if "{i}" not in row.name:
-        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims)
+        yield Entry(row.name, row.hf, row.shape, row.pack, row.tp, dims, row.std, row.is_exported)
         return
     for layer in range(dims.layers):
         name, *hf = (name.replace("{i}", str(layer)) for name in (row.name, *row.hf))
-        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims)
+        yield Entry(name, tuple(hf), row.shape, row.pack, row.tp, dims, row.std, row.is_exported)
 
 
 def _prefixed(name: str, prefixes: Mapping[str, str]) -> str:
@@ -282,22 +290,26 @@ def match(
     tables: Mapping[str, KeyMap],
     parts: Sequence[Iterable[str]] = (),
     new: tuple[str, ...] = (),
+    copied: Collection[str] = (),
 ) -> str:
     """The one dialect of `tables` in which these Hugging Face names are written.
 
     A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. The names of `parts`,
-    each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` may be lacking, but
-    only all of them together. CheckpointError: none or several match; the message lists what is left over and what is
-    missing in the nearest dialect.
+    each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` (`{i}`: any number)
+    may be lacking, but only all of them together, and those of `copied` each by itself. CheckpointError: none or
+    several match; the message lists what is left over and what is missing in the nearest dialect.
     """
     release = set(names)
+    is_new = re.compile("|".join(r"\d+".join(map(re.escape, start.split("{i}"))) for start in new) or "(?!)")
     faults: dict[str, tuple[list[str], list[str]]] = {}
     for dialect, table in tables.items():
         found = set(table.spelt(release))
         for part in parts:
             found |= fill(found, part, table).keys()
-        optional = {key for entry in table.entries() if entry.name.startswith(new) for key in entry.hf}
-        needed = table.hf_names if optional & found else table.hf_names - optional
+        entries = table.entries()
+        groups = [{key for entry in entries if is_new.match(entry.name) for key in entry.hf}]
+        groups += [set(entry.hf) for entry in entries if entry.name in copied]
+        needed = table.hf_names.difference(*(group for group in groups if not group & found))
         unknown = found - table.hf_names
         faults[dialect] = (sorted(unknown - table.kept(unknown).keys()), sorted(needed - found))
     matching = [dialect for dialect, (left_over, missing) in faults.items() if not left_over and not missing]

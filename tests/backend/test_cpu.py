@@ -80,6 +80,23 @@ def test_packed_segments_do_not_see_each_other():
     torch.testing.assert_close(packed, torch.cat(apart))
 
 
+@pytest.mark.parametrize("length", [3, 4, 9])
+def test_a_window_hides_what_is_farther_back_in_packed_segments_too(length):
+    """A window of 4: the query's own position and three before."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    q, k, v = (torch.randn(length, 1, 4, 8, dtype=torch.float64) for _ in range(3))
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    ours = attention("causal", window_size=(3, 0))
+    torch.testing.assert_close(ours(q, k, v, None), plain_attention(q, k, v, (distance < 0) | (distance >= 4)))
+    bounds = torch.tensor([0, 2, length])
+    packed = ours(*(x.squeeze(1) for x in (q, k, v)), None, packed_seq_params=PackedSeqParams(cu_seqlens_q=bounds))
+    apart = [ours(*(x[a:b] for x in (q, k, v)), None) for a, b in ((0, 2), (2, length))]
+    torch.testing.assert_close(packed, torch.cat(apart))
+    with pytest.raises(ValueError, match="needs causal attention"):
+        attention("no_mask", window_size=(3, 0))
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_fused_adam_is_adamw(decay):
     from megamm.backend.cpu import FusedAdam

@@ -51,8 +51,9 @@ def test_a_sound_configuration_passes() -> None:
         ({"train__global_batch": 66}, "or one of train.micro_batch=1, 3, 11, 33"),
         ({"train__global_batch": 3}, "nearest: 4"),
         ({"model__config": None}, "model.pretrained, model.config: nothing gives the sizes"),
-        ({"train__freeze": ("tower",)}, "train.freeze=tower must be any of vision, projector, llm"),
-        ({"train__freeze": ("llm", "vision", "projector")}, "leaves nothing to train"),
+        ({"train__freeze": ("tower",)}, "train.freeze=tower must be any of vision, projector, llm, words"),
+        ({"loss__lm_weight": 0.0, "loss__vm_weight": 0.0}, "leaves nothing to minimise"),
+        ({"loss__vm_weight": -1.0}, "loss.vm_weight=-1.0 must be 0 or above"),
         ({"train__eval_every_steps": 10}, "train.eval_every_steps=10 needs data.eval_path"),
         (
             {"data__group_by_modality_length": True, "data__shuffle": False},

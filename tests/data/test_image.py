@@ -201,7 +201,9 @@ def test_pixels_equal_the_published_processor(tower, size):
     image_format, processor = PROCESSORS[tower]
     picture = smooth(size)
     rgb = np.asarray(picture)
-    for aspect, source in (("pad", expand_to_square(picture, processor)), ("square", picture)):
+    stretched = picture.resize((max(size), max(size)))  # as mPLUG-Owl2's README and evaluation do it
+    sources = {"pad": expand_to_square(picture, processor), "stretch": stretched, "square": picture}
+    for aspect, source in sources.items():
         expected = processor(source, return_tensors="pt", resample=Image.Resampling.BICUBIC)["pixel_values"][0]
         found = to_pixels(rgb, replace(image_format, aspect=aspect))
         assert found.dtype == torch.float32 and found.is_contiguous()

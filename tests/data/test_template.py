@@ -58,6 +58,10 @@ def test_targets_are_exact_where_the_authors_lose_the_sample(name, make_tokenize
         ("mistral_instruct", "[INST] q [/INST] a </s>[INST] r [/INST] b </s>"),
         ("mistral", "[INST] q [/INST]a</s>[INST] r [/INST]b</s>"),
         (
+            "mplug_owl2",
+            "USER: q ASSISTANT: a</s>USER: r ASSISTANT: b</s>",
+        ),
+        (
             "qwen2",
             "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
             "\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\nb<|im_end|>",

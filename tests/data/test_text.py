@@ -151,11 +151,21 @@ TARGETS = np.array([[3, 4], [5, 7]], np.int32)
 
 
 def test_expand():
-    ids, labels, num_images = expand(STORED, TARGETS, tokens_per_image=3, max_tokens=100)
+    ids, labels, starts = expand(STORED, TARGETS, tokens_per_image=3, max_tokens=100)
     I, _ = IMAGE, IGNORE  # noqa: E741
     assert ids.tolist() == [5, I, I, I, 6, 7, I, I, I, 8, 9]
     assert labels.tolist() == [_, _, _, _, _, 7, _, _, _, 8, 9]
-    assert (num_images, ids.dtype, labels.dtype) == (2, np.int64, np.int64)
+    assert (starts.tolist(), ids.dtype, labels.dtype) == ([1, 6], np.int64, np.int64)
+
+
+def test_a_placeholder_of_ordinary_ids_may_stand_for_a_picture():
+    """Its ids stand elsewhere, too: where a picture begins is known from where it was put."""
+    stored = np.array([IMAGE, 5, 3, 5, IMAGE, IMAGE, 8], np.int32)
+    ids, labels, starts = expand(stored, np.array([[5, 7]], np.int32), 9, max_tokens=100, placeholder=[5, 3])
+    assert ids.tolist() == [5, 3, 5, 3, 5, 5, 3, 5, 3, 8] and starts.tolist() == [0, 5, 7]
+    assert labels.tolist() == [IGNORE] * 9 + [8]
+    ids, _, starts = expand(stored, np.empty((0, 2), np.int32), 9, max_tokens=6, placeholder=[5, 3])
+    assert ids.tolist() == [5, 3, 5, 3, 5, 5] and starts.tolist() == [0, 5]
 
 
 def test_image_inside_a_span_is_no_target():
@@ -166,6 +176,6 @@ def test_image_inside_a_span_is_no_target():
 @pytest.mark.parametrize(("max_tokens", "num_images"), [(11, 2), (8, 2), (7, 2), (6, 1), (2, 1), (1, 0)])
 def test_cut_comes_after_expansion_and_may_fall_into_an_image(max_tokens, num_images):
     whole_ids, whole_labels, _ = expand(STORED, TARGETS, 3, 100)
-    ids, labels, kept = expand(STORED, TARGETS, 3, max_tokens)
+    ids, labels, starts = expand(STORED, TARGETS, 3, max_tokens)
     assert ids.tolist() == whole_ids[:max_tokens].tolist() and labels.tolist() == whole_labels[:max_tokens].tolist()
-    assert kept == num_images
+    assert len(starts) == num_images

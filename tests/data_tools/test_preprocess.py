@@ -56,6 +56,20 @@ def test_plain_template_and_json_lines(script, inputs):
     assert reader.info["template"] == "plain" and ids[:2].tolist() == [1, -200] and spans.tolist() == [[2, len(ids)]]
 
 
+@pytest.mark.parametrize("marker", ["<image>", "<|image|>", "<picture>"])
+def test_another_marker_than_the_familys(marker, script, inputs):
+    script.main(script.Options(**inputs))
+    expected = Path(inputs["output"] + ".bin").read_bytes()
+    inputs["family"] = "mplug_owl2"
+    inputs["input"][0].write_text(inputs["input"][0].read_text().replace("<image>", marker))
+    if marker == "<picture>":  # neither the family's nor LLaVA's
+        with pytest.raises(DataError, match="marker_count"):
+            script.main(script.Options(**inputs))
+        inputs["marker"] = marker
+    script.main(script.Options(**inputs))
+    assert Path(inputs["output"] + ".bin").read_bytes() == expected
+
+
 def test_too_many_bad_samples_write_nothing_but_their_list(script, inputs):
     with pytest.raises(DataError, match=r"llava.json: 2 of 42 samples cannot be used \(no_answer 1, image_broken 1\)"):
         script.main(script.Options(**(inputs | {"max_bad": 0.01})))

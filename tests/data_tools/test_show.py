@@ -4,8 +4,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megamm.batch import IMAGE
+from megamm.data.indexed import Writer
 from megamm.errors import DataError
 
 CONFIG = Path(__file__).parents[1] / "golden" / "llava" / "hf_native" / "hf"
@@ -67,6 +70,16 @@ def test_a_page_holds_all_it_shows(show, dataset, tmp_path, capsys):
 def test_bad_options(changes, message, show, dataset):
     with pytest.raises(DataError, match=message):
         show.main(show.Options(**({"prefix": dataset["output"], "tokenizer": dataset["tokenizer"]} | changes)))
+
+
+def test_views_of_a_picture_are_not_shown_as_pictures(show, tmp_path, tokenizer, inputs, capsys):
+    with Writer(tmp_path / "set") as writer:
+        image = (inputs["image_dir"] / "0.jpg").read_bytes()
+        writer.add(np.array([5, IMAGE, IMAGE, IMAGE, 6], np.int32), [image, None, None], np.array([[4, 5]], np.int32))
+        writer.finish({"family": "llava", "placeholder": [7, 8]})
+    show.main(show.Options(prefix=str(tmp_path / "set"), tokenizer=tokenizer))
+    out = capsys.readouterr().out
+    assert "1 pictures\n3 views of them\n2 tokens stand for a view, 8 tokens in all" in out and "picture 2: " not in out
 
 
 def test_another_tokenizer_is_refused(show, dataset, tmp_path):

@@ -145,7 +145,7 @@ def test_both_published_spellings_are_the_same_model_and_translate_into_each_oth
 
 def test_a_linear_projector_cannot_be_said_natively():
     config, tower = published_original()
-    with pytest.raises(CheckpointError, match="no projector of kind 'linear'; export with --dialect original"):
+    with pytest.raises(CheckpointError, match="no projector of kind 'linear'; export in the --dialect of the"):
         llava.write(llava.read({**config, "mm_projector_type": "linear"}, tower), "hf")
 
 
@@ -154,13 +154,13 @@ def test_a_linear_projector_cannot_be_said_natively():
     [
         (dict(mm_use_im_start_end=True), {}, "mm_use_im_start_end True is not supported, only False"),
         (dict(mm_use_im_patch_token=True), {}, "mm_use_im_patch_token"),
-        (dict(mm_projector_type="mlp3x_gelu"), {}, "only linear, mlp2x_gelu"),
+        (dict(mm_projector_type="identity"), {}, "only linear, mlpNx_gelu"),
         (dict(mm_vision_select_feature="cls"), {}, "mm_vision_select_feature 'cls'"),
         (dict(mm_vision_select_layer=None), {}, "mm_vision_select_layer must be an integer"),
         (dict(image_aspect_ratio="anyres"), {}, "image_aspect_ratio 'anyres'"),
         (dict(mm_patch_merge_type="spatial_unpad"), {}, "mm_patch_merge_type"),
         (dict(mm_hidden_size=768), {}, "mm_hidden_size is 768 and the --tower's hidden_size is 1024"),
-        (dict(model_type="llava_qwen"), {}, "'llava_qwen' is none of llava, llava_llama"),
+        (dict(model_type="llava_qwen"), {}, "'llava_qwen' is none of llava_llama, llava"),
         ({}, dict(vision_config={"model_type": "siglip_vision_model"}), "'siglip_vision_model'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Both projectors against the formula, with tensor parallelism."""
+"""The linear projectors against the formula, with tensor parallelism."""
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ IN, OUT = 12, 16
 def weights(kind: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = {"linear_1.weight": (OUT, IN), "linear_1.bias": (OUT,)}
-    if kind != "linear":
-        shapes |= {"linear_2.weight": (OUT, OUT), "linear_2.bias": (OUT,)}
+    for k in range(2, ProjectorOptions(kind=kind, in_size=IN, out_size=OUT).num_linears + 1):
+        shapes |= {f"linear_{k}.weight": (OUT, OUT), f"linear_{k}.bias": (OUT,)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -48,14 +48,14 @@ def project(kind: str, tp: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return out.detach(), grads
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
 def test_projector_equals_the_formula(kind, tp, pool):
     own = {name: tensor.requires_grad_() for name, tensor in weights(kind).items()}
     x = torch.arange(5 * 2 * IN, dtype=torch.float32).view(5, 2, IN) / 100
     expected = F.linear(x, own["linear_1.weight"], own["linear_1.bias"])
-    if kind != "linear":
-        expected = F.linear(F.gelu(expected), own["linear_2.weight"], own["linear_2.bias"])
+    for k in range(2, len(own) // 2 + 1):
+        expected = F.linear(F.gelu(expected), own[f"linear_{k}.weight"], own[f"linear_{k}.bias"])
     expected.square().sum().backward()
     for out, grads in pool.run(project, kind, tp, ranks=tp):
         torch.testing.assert_close(out, expected.detach(), rtol=1e-5, atol=1e-5)

@@ -17,6 +17,16 @@ def test_qkv_interleaves_per_group():
                                6, 7, 8, 9, 10, 11, 103, 104, 105, 203, 204, 205]  # fmt: skip
 
 
+def test_fused_qkv_is_all_queries_then_all_keys_then_all_values():
+    sizes, generator = Dims(heads=4, groups=2), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows, 5, generator=generator) for rows in (12, 6, 6))
+    packed = PACKINGS["qkv_fused"].pack([torch.cat([q, k, v])], sizes)
+    assert torch.equal(packed, PACKINGS["qkv"].pack([q, k, v], sizes))
+    assert torch.equal(PACKINGS["qkv_fused"].unpack(packed, sizes)[0], torch.cat([q, k, v]))
+    with pytest.raises(ValueError, match="do not fit 4 query heads and 2 key/value groups"):
+        PACKINGS["qkv_fused"].pack([torch.zeros(20, 5)], sizes)
+
+
 def test_cat2_puts_the_first_before_the_second():
     packed = PACKINGS["cat2"].pack([torch.zeros(2, 3), torch.ones(2, 3)], Dims())
     assert packed.tolist() == [[0] * 3] * 2 + [[1] * 3] * 2
@@ -26,7 +36,7 @@ def test_cat2_puts_the_first_before_the_second():
 def test_shapes_are_told_without_data(name):
     packing = PACKINGS[name]
     sizes = Dims(heads=2, groups=2)
-    metas = [torch.empty(8, 5, dtype=torch.bfloat16, device="meta") for _ in range(packing.num_hf)]
+    metas = [torch.empty(12, 5, dtype=torch.bfloat16, device="meta") for _ in range(packing.num_hf)]
     packed = packing.pack(metas, sizes)
-    assert packed.is_meta and packed.shape == (8 * packing.num_hf, 5)
-    assert [tuple(tensor.shape) for tensor in packing.unpack(packed, sizes)] == [(8, 5)] * packing.num_hf
+    assert packed.is_meta and packed.shape == (12 * packing.num_hf, 5)
+    assert [tuple(tensor.shape) for tensor in packing.unpack(packed, sizes)] == [(12, 5)] * packing.num_hf

@@ -47,6 +47,10 @@ CUTS = {
         2: ["Vv|vvPEtttL", "Vvvv|PEtttL", "Vv|vvPE|t|ttL"],
         4: ["V|vv|vPEt|ttL", "Vvvv|PE|tt|tL"],
     },
+    "imp": {
+        2: ["Vv|vvvPEtttL", "Vvvvv|PEtttL", "Vv|vvvPE|t|ttL"],
+        4: ["V|vvv|vPEt|ttL", "Vvvvv|PE|tt|tL"],
+    },
 }
 """Unusual cuts by family and pp: inside the tower, the tower alone, virtual stages."""
 

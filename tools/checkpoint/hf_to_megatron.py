@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 from megamm import registry
 from megamm.errors import ConfigError, MegammError
-from megamm.weights.convert import HfCheckpoint, import_hf, open_start, write_checkpoint
+from megamm.weights.convert import HfCheckpoint, open_hf, open_start, write_checkpoint
 
 
 def hf_to_megatron(
@@ -39,8 +39,11 @@ def hf_to_megatron(
         if hf is None:
             raise ConfigError(["give --hf for a whole model, or --llm, --tower and --family for the start of one"])
         families = [registry.family(family)] if family else list(registry.FAMILIES.values())
-        info = import_hf(hf, tower, families, output)
-        print(f"{output}: imported from {hf} as family {info.family}, dialect {info.dialect}")
+        found = open_hf(hf, tower, families)
+        write_checkpoint(found, output, hf)
+        for name, other in found.duplicated.items():
+            print(f"{output}: {name} is absent and duplicated from {other}")
+        print(f"{output}: imported from {hf} as family {found.info.family}, dialect {found.info.dialect}")
         return
     if tower is None or family is None:
         raise ConfigError(["--llm needs --tower and --family: a start is made of an llm and a vision tower"])

@@ -6,7 +6,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -37,6 +37,8 @@ class Arguments:
     """The cut, as parallel.layout of a recipe."""
     sequence_parallel: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Split the sequence of the llm over the tensor parallel ranks."""
+    recompute: Literal["none", "full"] = "none"
+    """As train.recompute of a recipe."""
     grad_norms: str | None = None
     """JSON {case: {key: norm}}; without it gradients are not compared."""
     atol: float | None = None

@@ -13,13 +13,13 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from megamm.data.faults import SampleFault
 from megamm.data.text import Turn
+from megamm.data.views import VIDEO_MARKER
 
 Media = str | bytes
 """A path relative to the image directory, or the content of a file."""
 
 MARKER = "<image>"
 """Stands for a picture in a record's turns, whatever the model's own marker."""
-VIDEO_MARKER = "<video>"
 
 ROLES = {
     "human": "human",

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from megamm.data.faults import Fault, SampleFault
 from megamm.data.sources import piece as limits
-from megamm.data.sources.files import FILE_BYTES
+from megamm.data.sources.files import FILE_BYTES, VIDEO_BYTES
 from megamm.data.sources.piece import Piece, Span, cut
 from megamm.data.sources.record import Media, Record, caption, parse_json, record
 from megamm.errors import DataError
@@ -39,7 +39,7 @@ def read(piece: Piece) -> Iterator[Record | Fault]:
                 for extension, start, length in spans:
                     if length < 0 or extension in parts:
                         raise SampleFault("bad_record", extension if length < 0 else f"two members .{extension}")
-                    if length > (FILE_BYTES if _kind(extension) in IMAGES + VIDEOS else limits.RECORD_BYTES):
+                    if length > _most_bytes(_kind(extension)):
                         raise SampleFault("record_too_long", f".{extension} has {length} bytes")
                     file.seek(start)
                     parts[extension] = file.read(length)
@@ -93,6 +93,10 @@ def _check_end(path: Path, offset: int) -> None:
         rest = os.pread(file.fileno(), _TWO_ZERO_BLOCKS, offset)
     if rest.strip(b"\0"):
         raise DataError(f"{path}: damaged at byte {offset}; fetch it again")
+
+
+def _most_bytes(kind: str) -> int:
+    return FILE_BYTES if kind in IMAGES else VIDEO_BYTES if kind in VIDEOS else limits.RECORD_BYTES
 
 
 def _kind(extension: str) -> str:

@@ -29,12 +29,18 @@ class Decoder(GPTModel):
             post_process=stage.has("llm.head"),
             share_embeddings_and_output_weights=options.has_tied_embeddings,
             position_embedding_type="rope",
+            rotary_percent=options.rotary_factor,
             rotary_base=options.rope_theta,
             scatter_embedding_sequence_parallel=False,
             vp_stage=stage.vp_stage,
         )
+        rows = options.padded_vocab_size // config.tensor_model_parallel_size
+        if self.post_process and options.has_head_bias:
+            # megatron-core builds its head without one, but adds, stores and reduces it where it is there.
+            self.output_layer.bias = torch.nn.Parameter(
+                torch.empty(rows, device=backend.current().device, dtype=config.params_dtype)
+            )
         if self.post_process and options.padded_vocab_size > options.vocab_size:
-            rows = options.padded_vocab_size // config.tensor_model_parallel_size
             first = rows * parallel_state.get_tensor_model_parallel_rank()
             self._num_real_columns = max(0, min(rows, options.vocab_size - first))
             self.output_layer.register_forward_hook(self._silence_padding)
@@ -59,6 +65,12 @@ class Decoder(GPTModel):
         """This stage's copy of a tied embedding whose other copy lies in another stage; None where there is none."""
         is_copy = self.share_embeddings_and_output_weights and self.pre_process != self.post_process
         return self.shared_embedding_or_output_weight() if is_copy else None
+
+    @property
+    def head_weight(self) -> torch.nn.Parameter:
+        """This rank's rows of the head, whether it has a matrix of its own or the embedding's."""
+        is_tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight
 
     def _silence_padding(self, _: torch.nn.Module, __: tuple, output: tuple[Tensor, Tensor | None]) -> None:
         """Padded vocabulary rows must not enter a softmax: their logits become -inf, their gradient zero."""

@@ -76,20 +76,26 @@ def keys(options: VisionOptions) -> KeyMap:
     return KeyMap(rows, Dims(layers=options.num_layers, heads=options.num_heads, groups=options.num_heads))
 
 
-def from_hf(config: dict[str, Any], feature_layer: int, keep_class_token: bool) -> VisionOptions:
-    """vision_config -> options. `feature_layer` indexes the list (embedding output, output of block 0, 1, ...)."""
+def used_layers(feature_layer: int, stored: int) -> int:
+    """Blocks up to the one whose output is used; `feature_layer` indexes (embedding output, output of block 0, ...).
+
+    CheckpointError: a tower of `stored` blocks has no such output."""
+    if not -stored - 1 <= feature_layer <= stored:
+        raise CheckpointError(f"config.json: vision feature layer {feature_layer} of a tower of {stored} blocks")
+    return feature_layer % (stored + 1)
+
+
+def from_hf(config: dict[str, Any], feature_layer: int, keep_first_token: bool) -> VisionOptions:
+    """vision_config -> options."""
     get = {**DEFAULTS, **config}.__getitem__
     if get("hidden_act") != "quick_gelu" or get("num_channels") != 3:
         raise CheckpointError(
             f"config.json: CLIP with hidden_act {get('hidden_act')!r} and num_channels {get('num_channels')} is not "
             "supported, only quick_gelu and 3"
         )
-    stored = get("num_hidden_layers")
-    if not -stored - 1 <= feature_layer <= stored:
-        raise CheckpointError(f"config.json: vision feature layer {feature_layer} of a tower of {stored} blocks")
     return VisionOptions(
-        num_layers=feature_layer % (stored + 1),
-        stored_layers=stored,
+        num_layers=used_layers(feature_layer, get("num_hidden_layers")),
+        stored_layers=get("num_hidden_layers"),
         hidden_size=get("hidden_size"),
         ffn_size=get("intermediate_size"),
         num_heads=get("num_attention_heads"),
@@ -98,9 +104,10 @@ def from_hf(config: dict[str, Any], feature_layer: int, keep_class_token: bool) 
         activation="quick_gelu",
         norm_eps=get("layer_norm_eps"),
         has_class_token=True,
-        keep_class_token=keep_class_token,
+        keep_first_token=keep_first_token,
         has_pre_norm=True,
         has_patch_bias=False,
+        model_type=MODEL_TYPE,
     )
 
 

@@ -17,8 +17,9 @@ from megamm.parallel.placement import Stage
 class VisionTower(MegatronModule):
     """The units `vision.*` of one stage.
 
-    The embedding (patches, class token, positions, first norm) lives where `vision.embed` does; blocks are
-    megatron-core's, tensor parallel, without a mask. Tokens stay whole on every tensor parallel rank.
+    The embedding (patches, class token, positions, first norm) lives where `vision.embed` does, a norm behind the last
+    block where that block does; blocks are megatron-core's, tensor parallel, without a mask. Tokens stay whole on every
+    tensor parallel rank.
     """
 
     def __init__(self, options: VisionOptions, config: TransformerConfig, stage: Stage):
@@ -55,6 +56,11 @@ class VisionTower(MegatronModule):
                 post_process=False,
                 vp_stage=stage.vp_stage,
             )
+        self.post_norm: torch.nn.Module | None = None
+        if options.has_post_norm and options.num_layers - 1 in stage.vision_layers:
+            self.post_norm = backend.current().layers.norm(
+                config=config, hidden_size=options.hidden_size, eps=options.norm_eps
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels [I, 3, H, W] where the embedding lives, else hidden states [P, I, H] -> hidden states [P, I, H]."""
@@ -62,7 +68,7 @@ class VisionTower(MegatronModule):
             x = self.embed(x)
         if self.transformer is not None:
             x = self.transformer(hidden_states=keep_gradient_path(x, self.transformer), attention_mask=None)
-        return x
+        return x if self.post_norm is None else self.post_norm(x)
 
     def embed(self, pixels_I3HW: Tensor) -> Tensor:
         """Pixels [I, 3, H, W] -> [P, I, H], class token first."""
@@ -76,5 +82,5 @@ class VisionTower(MegatronModule):
 
 
 def select_features(x_PIH: Tensor, options: VisionOptions) -> Tensor:
-    """Drop what the projector does not see: the class token, unless it is kept."""
-    return x_PIH[1:] if options.has_class_token and not options.keep_class_token else x_PIH
+    """Drop what the projector does not see: the first token, unless it is kept."""
+    return x_PIH if options.keep_first_token else x_PIH[1:]

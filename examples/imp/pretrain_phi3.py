@@ -1,0 +1,18 @@
+"""Imp on Phi-3-mini, stage 1: that of Phi-2 with another decoder. The authors' numbers are the same for all."""
+
+from pathlib import Path
+
+from megamm.config import Config
+from megamm.config.load import load_recipe
+
+HERE = Path(__file__).parent
+
+
+def config() -> Config:
+    config = load_recipe(HERE / "pretrain.py")
+    config.model.pretrained = "weights/imp-phi3-start"
+    config.model.config = str(HERE / "config-phi3.json")
+    config.data.path = "data/imp-phi3-pretrain558k"
+    config.data.max_tokens = 2560  # tokenizer_model_max_length of the released config.json
+    config.checkpoint.dir = "runs/imp-phi3-pretrain"
+    return config

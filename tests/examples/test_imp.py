@@ -1,0 +1,180 @@
+"""The Imp recipes: published sizes and numbers, dry runs, and the whole way through run.sh."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from megamm.config.check import find_problems
+from megamm.config.load import load_recipe
+from megamm.models import imp
+from megamm.models.build import units
+from megamm.train import main
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "imp"
+MODELS = {"phi2": "", "qwen1_5": "_qwen1_5", "phi3": "_phi3"}
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [("phi2", 3_186_937_120), ("qwen1_5", 2_241_131_808), ("phi3", 4_231_807_264 + 2 * 64 * 3072)],
+)
+def test_the_sizes_are_those_of_the_released_model(model: str, parameters: int) -> None:
+    """Phi-3's vocabulary is padded by 64 rows."""
+    options = imp.read(json.loads((FOLDER / f"config-{model}.json").read_text()))
+    assert sum(unit.parameters for unit in units(options, num_tokens=1, num_images=1, seq_length=1)) == parameters
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("stage", "lr", "global_batch", "freeze", "epochs"),
+    [("pretrain", 1e-3, 256, ("vision", "llm"), 1), ("sft", 2e-5, 128, ("vision",), 2)],
+)
+def test_a_recipe_has_the_published_numbers(
+    stage: str, lr: float, global_batch: int, freeze: tuple[str, ...], epochs: int, model: str
+) -> None:
+    config = load_recipe(FOLDER / f"{stage}{MODELS[model]}.py")
+    assert not find_problems(config, world_size=8)
+    assert (config.optim.lr, config.train.global_batch, config.train.freeze) == (lr, global_batch, freeze)
+    assert (config.optim.schedule, config.optim.warmup, config.optim.min_lr) == ("cosine", 0.03, 0.0)
+    assert (config.optim.beta1, config.optim.beta2, config.optim.eps) == (0.9, 0.999, 1e-8)
+    assert (config.optim.weight_decay, config.train.epochs, config.train.seed) == (0.0, epochs, 42)
+    assert config.data.max_tokens == (3072 if model == "phi2" else 2560)
+    assert config.data.aspect == ("pad" if (model, stage) == ("phi3", "sft") else "square")
+    assert config.data.group_by_modality_length == (stage == "sft")
+    assert config.model.config == str(FOLDER / f"config-{model}.json")
+
+
+def test_the_recipes_do_not_share_a_folder() -> None:
+    configs = [
+        load_recipe(FOLDER / f"{stage}{suffix}.py") for stage in ("pretrain", "sft") for suffix in MODELS.values()
+    ]
+    assert len({config.checkpoint.dir for config in configs}) == len({config.data.path for config in configs}) == 6
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("suffix", MODELS.values(), ids=MODELS)
+def test_a_dry_run_needs_no_weights(
+    stage: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main([str(FOLDER / f"{stage}{suffix}.py"), "--dry-run"]) == 0
+    assert "8 ranks" in capsys.readouterr().out
+
+
+def byte_tokenizer(directory: Path, *special: str) -> None:
+    """A tokenizer of single bytes, as those of GPT-2's line without merges; its own end token is <|endoftext|>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, unk_token=end)
+    fast.add_special_tokens({"additional_special_tokens": list(special)})
+    fast.save_pretrained(directory)
+
+
+LLMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "phi2": ("phi", {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5}, ()),
+    "qwen1_5": ("qwen2", {"num_key_value_heads": 2}, ("<|im_start|>", "<|im_end|>")),
+    "phi3": ("phi3", {"pad_token_id": 0}, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
+}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Path]:
+    """What run.sh starts from, tiny: an llm with its tokenizer, a tower, two sets of conversations and pictures."""
+    folder = tmp_path / "inputs"
+    llm, tower, images = folder / "llm", folder / "tower", folder / "images"
+    images.mkdir(parents=True)
+    items: list[dict[str, Any]] = []
+    for i in range(12):
+        Image.new("RGB", (40, 30 + i), (20 * i, 100, 200)).save(images / f"{i}.png")
+        picture = {} if i % 4 == 3 else {"image": f"{i}.png"}
+        question = "What is it?" if i % 4 == 3 else "<image>\nWhat is it?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"number {i}"}]
+        items.append({"id": str(i), **picture, "conversations": turns})
+    (folder / "pretrain.json").write_text(json.dumps([item for item in items if "image" in item]))
+    (folder / "sft.json").write_text(json.dumps(items))
+    model_type, more, special = LLMS[request.param]
+    byte_tokenizer(llm, *special)
+    sizes = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, vocab_size=300, max_position_embeddings=512, **sizes, **more)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(llm)
+    SiglipVisionModel(SiglipVisionConfig(image_size=28, patch_size=14, **sizes)).save_pretrained(tower)
+    return {
+        "llm": llm,
+        "tower": tower,
+        "pretrain-json": folder / "pretrain.json",
+        "pretrain-images": images,
+        "sft-json": folder / "sft.json",
+        "sft-images": images,
+        "output": tmp_path / "out",
+    }
+
+
+def run(inputs: dict[str, Path], model: str, *options: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    words = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "PROCESSES": str(processes),
+    }
+    command = ["bash", str(FOLDER / "run.sh"), *words, "--model", model, *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("inputs", "model"), [(model, model) for model in MODELS], indirect=["inputs"])
+def test_the_whole_way_from_weights_and_conversations_to_an_export(inputs: dict[str, Path], model: str) -> None:
+    """Two steps of each stage, tiny. The tower stays, projector and llm move; the export is read by its tokenizer."""
+    options = "--train.steps 2 --train.global-batch 4 --train.micro-batch 2 --parallel.tp 1 --parallel.pp 2 "
+    options += "--parallel.no-sequence-parallel --train.precision fp32 --data.num-workers 0 --data.max-tokens 512"
+    done = run(inputs, model, "--", *options.split(), processes=2)
+    assert done.returncode == 0, done.stderr
+    out = inputs["output"]
+    for stage in ("pretrain", "sft"):
+        assert len((out / stage / "log.jsonl").read_text().splitlines()) == 2
+    found, llm, tower = (
+        load_file(path / "model.safetensors") for path in (out / "export", inputs["llm"], inputs["tower"])
+    )
+    prefix = "model.vision_tower.vision_tower."
+    ours = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
+    theirs = {f"vision_model.{key.removeprefix('vision_model.')}": tensor for key, tensor in tower.items()}
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    name = "model.layers.0.mlp.fc2.weight" if model == "phi2" else "model.layers.0.mlp.down_proj.weight"
+    assert 0 < (found[name] - llm[name]).abs().max() < 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(out / "export")
+    assert (tokenizer.eos_token == "</s>") == (model == "phi2")
+    config = json.loads((out / "export" / "config.json").read_text())
+    assert config["model_type"] in ("imp", "imp_qwen2", "imp_phi3")
+    assert config["eos_token_id"] == (tokenizer.eos_token_id if model == "phi2" else config["eos_token_id"])
+    assert imp.read(config).vision.num_layers == 1
+
+
+def test_run_refuses_a_model_that_it_does_not_have(tmp_path: Path) -> None:
+    inputs = dict.fromkeys(("llm", "tower", "pretrain-images", "sft-images", "output"), tmp_path)
+    (tmp_path / "set.json").touch()
+    done = run(inputs | dict.fromkeys(("pretrain-json", "sft-json"), tmp_path / "set.json"), "gemma")
+    assert done.returncode == 1 and "--model gemma: there are phi2, qwen1_5 and phi3" in done.stderr

@@ -1,0 +1,93 @@
+"""The lower rungs of the ladder for every reference variant: configuration, key names, sizes, bit-exact round trip."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megamm import backend
+from megamm.config.schema import Parallel
+from megamm.models.build import build_stages, units
+from megamm.models.parameters import canonical_parameters
+from megamm.models.spec import Build
+from megamm.parallel import groups
+from megamm.parallel.placement import auto_layout
+from megamm.registry import FAMILIES
+from megamm.weights.convert import export_hf, import_hf, open_hf
+from megamm.weights.hf import read_config
+from tests.families import VARIANTS, Variant
+
+EVERY = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.path)
+
+
+def families(variant: Variant):
+    """Those that an import is to choose from: all, without --family."""
+    return [FAMILIES[variant.named]] if variant.named else list(FAMILIES.values())
+
+
+def opened(variant: Variant):
+    """As an import opens it."""
+    return open_hf(variant.hf, variant.tower, families(variant))
+
+
+@EVERY
+def test_family_and_dialect_are_found_and_the_config_is_written_as_it_was_read(variant):
+    checkpoint = opened(variant)
+    assert (checkpoint.info.family, checkpoint.info.dialect) == (variant.family, variant.dialect)
+    config = json.loads((variant.hf / "config.json").read_text())
+    written, tower = checkpoint.family.write(checkpoint.options, variant.dialect)
+    assert written == config and config.items() <= checkpoint.info.hf_config.items()
+    assert tower == (read_config(variant.tower) if variant.tower else None)
+
+
+@EVERY
+def test_every_tensor_comes_back_bit_for_bit(variant, tmp_path):
+    import_hf(variant.hf, variant.tower, families(variant), tmp_path / "checkpoint")
+    assert export_hf(tmp_path / "checkpoint", FAMILIES[variant.family], tmp_path / "back") == variant.dialect
+    expected, found = load_file(variant.hf / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert read_config(tmp_path / "back") == read_config(variant.hf)
+
+
+@EVERY
+def test_units_count_the_parameters_of_the_table(variant):
+    checkpoint = opened(variant)
+    counted: dict[str, int] = {}
+    for entry in checkpoint.table.entries():
+        words = entry.name.split(".")
+        unit = f"{words[0]}.layer.{words[3]}" if "layers" in words else words[0]
+        unit = "llm.embed" if words[1] == "embedding" else unit
+        unit = "llm.head" if words[1] == "output_layer" or words[2:3] == ["final_layernorm"] else unit
+        unit = "vision.embed" if unit == "vision" else unit
+        counted[unit] = counted.get(unit, 0) + entry.num_elements
+    flat = units(checkpoint.options, num_tokens=8, num_images=1, seq_length=8)
+    for guest in {guest for unit in flat for guest in unit.guests}:  # a part counts once, where it lives first
+        counted[next(unit.name for unit in flat if guest in unit.guests)] += counted.pop(guest, 0)
+    assert {unit.name: unit.parameters for unit in flat} == counted
+
+
+def describe_parameters(variant: Variant, tp: int, pp: int) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> local shape of every parameter that this rank builds."""
+    backend.start("cpu")
+    checkpoint = opened(variant)
+    layout = auto_layout(units(checkpoint.options, num_tokens=8, num_images=1, seq_length=8), pp)
+    groups.start_distributed()
+    groups.start(Parallel(tp=tp, pp=pp), layout)
+    stages = build_stages(checkpoint.options, Build(tp=tp, layout=layout), checkpoint.table)
+    return {name: tuple(p.shape) for name, p in canonical_parameters(stages)}
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2)])
+@EVERY
+def test_table_and_model_are_the_same_list(variant, tp, pp, pool):
+    table = opened(variant).table
+    whole = {entry.name: entry.shape for entry in table.entries()}
+    found = pool.run(describe_parameters, variant, tp, pp, ranks=tp * pp)
+    assert {name for rank in found for name in rank} == whole.keys()
+    for rank in found:
+        for name, shape in rank.items():
+            cut = [dim for dim, (local, full) in enumerate(zip(shape, whole[name], strict=True)) if local != full]
+            assert cut == [dim for dim in [table[name].partition_dim] if dim is not None], name
+            assert all(shape[dim] * tp == whole[name][dim] for dim in cut), name

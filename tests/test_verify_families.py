@@ -1,0 +1,40 @@
+"""Every reference case of every variant beside LLaVA's, at every layout, through verify."""
+
+import json
+
+import pytest
+
+from megamm.verify import Request, compare, read_model, verify
+from tests.families import VARIANTS
+
+SP = dict(sequence_parallel=True)
+LAYOUTS = [dict(), dict(tp=2, **SP), dict(pp=2), dict(tp=2, pp=2, **SP), dict(tp=4, **SP), dict(pp=4)]
+
+
+def request(variant, **layout):
+    tower = str(variant.tower) if variant.tower else None
+    return Request(hf=str(variant.hf), tower=tower, family=variant.named, **layout)
+
+
+def check(variant, layout, pool):
+    norms = json.loads((variant.hf.parent / "grad_norms.json").read_text())
+    seen = []
+    for case, found in verify(request(variant, **layout), variant.cases, pool):
+        report = compare(case, found, norms[case.name])
+        assert report.ok, report.line()
+        assert {"logits", "loss", "layer_outputs", "expanded_labels"} <= report.differences.keys()
+        seen.append(case.name)
+    assert len(seen) == len(variant.cases) >= 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " ".join(f"{k}={v}" for k, v in layout.items()) or "one")
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.path)
+def test_every_case_equals_the_authors_code(variant, layout, pool):
+    check(variant, layout, pool)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.path)
+def test_a_cut_inside_the_tower(variant, pool):
+    options, _ = read_model(request(variant))
+    before, after = "v" * (options.vision.num_layers // 2), "v" * ((options.vision.num_layers + 1) // 2)
+    check(variant, dict(pp=2, layout=f"V{before}|{after}PE{'t' * options.llm.num_layers}L"), pool)
