@@ -224,7 +224,7 @@ def test_a_record_too_long_is_a_fault_and_never_in_memory(as_list, tmp_path, mon
     good, path = json.dumps(GOOD).encode(), tmp_path / "set.json"
     with path.open("wb") as file:
         file.write((b"[" if as_list else b"") + good + (b"," if as_list else b"\n"))
-        file.seek(300 * 2**20, os.SEEK_CUR)  # a hole, which takes no disk
+        file.seek(60 * 2**20, os.SEEK_CUR)  # a hole, which takes no disk
         file.write((b"," if as_list else b"\n") + good + (b"]" if as_list else b""))
     tracemalloc.start()
     first, bad, last = records(path)
@@ -238,7 +238,7 @@ def test_memory_does_not_grow_with_the_list(tmp_path):
     path = tmp_path / "set.json"
     item = json.dumps(GOOD | {"note": "x" * 2000})
     peaks = []
-    for count in (5_000, 20_000):
+    for count in (1_000, 5_000):
         path.write_text("[" + ",".join([item] * count) + "]")
         source = Source([path])
         tracemalloc.start()
