@@ -66,6 +66,28 @@ def verify(data: bytes) -> None:
     _decode_pillow(data)
 
 
+def reencode(data: bytes, max_side: int | None, quality: int | None) -> bytes:
+    """The picture with its longer side at most `max_side` pixels, as a JPEG of `quality` (1 to 100; 95 where only its
+    size was asked for). With both None, and where there is nothing to do, the very bytes.
+
+    Raises SampleFault (image_broken).
+    """
+    if max_side is None and quality is None:
+        return data
+    rgb = decode(data)
+    height, width = rgb.shape[:2]
+    scale = min(1.0, max_side / max(height, width)) if max_side else 1.0
+    if scale == 1.0 and quality is None:
+        return data
+    picture = Image.fromarray(rgb)
+    if scale < 1.0:
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality or 95)
+    return file.getvalue()
+
+
 def picture_size(data: bytes) -> tuple[int, int]:
     """Width and height in pixels, from the header alone; EXIF orientation ignored, as by `decode`.
 

@@ -11,6 +11,7 @@ is no matter of this file.
 import json
 import os
 import struct
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,15 +34,107 @@ _VERSION, _INT32 = 1, 4
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError inside into a DataError that names `path` and the remedy."""
     try:
         yield
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error}); make room, or choose another --output") from error
 
 
-def _paths(prefix: str | Path) -> tuple[Path, Path, Path]:
+def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:
+    """PREFIX.bin, PREFIX.idx and PREFIX.json."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
+
+
+class Index:
+    """What .idx says of a .bin that is being written, and the counts that PREFIX.json gives: 40 bytes a document."""
+
+    def __init__(self) -> None:
+        self._lengths, self._modes = array("i"), array("b")
+        self._documents = array("q", [0])
+        self._num_tokens, self._num_images = array("q"), array("q")
+        self._num_targets = 0
+        self.bin_bytes = 0
+        """Length of the .bin."""
+
+    def add(self, ids: np.ndarray, images: Sequence[bytes | None], spans: np.ndarray) -> Iterator[bytes]:
+        """Append a document (see Writer.add), and give what to write for it."""
+        yield self._sequence(TEXT, np.asarray(ids, dtype="<i4").tobytes())
+        for image in images:
+            if image is None:
+                yield self._sequence(PICTURE, b"")
+                continue
+            pad = -len(image) % 4
+            yield self._sequence(PICTURE, struct.pack("<i", pad) + image + bytes(pad))
+        yield self._sequence(SPANS, np.asarray(spans, dtype="<i4").tobytes())
+        self._documents.append(len(self._lengths))
+        self._num_tokens.append(len(ids))
+        self._num_images.append(len(images))
+        self._num_targets += int(np.sum(spans[:, 1] - spans[:, 0]))
+
+    def extend(self, other: dict[str, Any]) -> None:
+        """Append the documents of another index, as its `as_dict` has them."""
+        first = len(self._lengths)
+        self._lengths.extend(other["lengths"])
+        self._modes.extend(other["modes"])
+        self._documents.extend(first + start for start in other["documents"][1:])
+        self._num_tokens.extend(other["tokens"])
+        self._num_images.extend(other["images"])
+        self._num_targets += other["targets"]
+        self.bin_bytes += 4 * sum(other["lengths"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        return {
+            "lengths": self._lengths.tolist(),
+            "modes": self._modes.tolist(),
+            "documents": self._documents.tolist(),
+            "tokens": self._num_tokens.tolist(),
+            "images": self._num_images.tolist(),
+            "targets": self._num_targets,
+        }
+
+    def __len__(self) -> int:
+        """Documents."""
+        return len(self._num_tokens)
+
+    def num_longer(self, max_tokens: int, tokens_per_image: int) -> int:
+        """Documents that have more tokens than `max_tokens` when every picture is `tokens_per_image` of them."""
+        tokens, images = np.frombuffer(self._num_tokens, np.int64), np.frombuffer(self._num_images, np.int64)
+        return int(np.count_nonzero(tokens + images * (tokens_per_image - 1) > max_tokens))
+
+    def write(self, idx_path: Path, json_path: Path, origin: dict[str, Any]) -> dict[str, Any]:
+        """Write the two files, and return the content of the second; see Writer.finish."""
+        lengths = np.frombuffer(self._lengths, dtype="<i4")
+        sizes = lengths.astype("<i8") * 4
+        with idx_path.open("wb") as idx:
+            idx.write(_HEADER.pack(_MAGIC, _VERSION, _INT32, len(lengths), len(self._documents)))
+            idx.write(lengths.tobytes())
+            idx.write((np.cumsum(sizes) - sizes).astype("<i8").tobytes())
+            idx.write(np.frombuffer(self._documents, dtype="<i8").tobytes())
+            idx.write(np.frombuffer(self._modes, dtype="i1").tobytes())
+        tokens, images = np.frombuffer(self._num_tokens, np.int64), np.frombuffer(self._num_images, np.int64)
+        info = {
+            "format_version": FORMAT_VERSION,
+            **origin,
+            "documents": len(tokens),
+            "tokens": int(tokens.sum()),
+            "images": int(images.sum()),
+            "targets": self._num_targets,
+            "tokens_per_document": _statistics(tokens),
+            "images_per_document": _statistics(images),
+            "bin_bytes": self.bin_bytes,
+            "idx_bytes": idx_path.stat().st_size,
+        }
+        json_path.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        return info
+
+    def _sequence(self, mode: int, content: bytes) -> bytes:
+        self._lengths.append(len(content) // 4)
+        self._modes.append(mode)
+        self.bin_bytes += len(content)
+        return content
 
 
 class Writer:
@@ -52,28 +145,26 @@ class Writer:
 
     def __init__(self, prefix: str | Path):
         """Raises DataError where PREFIX.bin.tmp cannot be written."""
-        self._paths = _paths(prefix)
+        self._paths = paths_of(prefix)
         self._asides = tuple(path.with_name(path.name + ".tmp") for path in self._paths)
-        self._lengths: list[int] = []
-        self._modes: list[int] = []
-        self._documents: list[int] = [0]
-        self._counts: list[tuple[int, int, int]] = []  # tokens, images, targets of each document
-        with _writing(self._asides[0]):
+        self._index = Index()
+        with writing(self._asides[0]):
             self._paths[0].parent.mkdir(parents=True, exist_ok=True)
             self._bin = self._asides[0].open("wb")
 
     def add(self, ids: np.ndarray, images: Sequence[bytes | None], spans: np.ndarray) -> None:
         """Append one document: int32 ids [T], the compressed picture of each IMAGE in it (None: one more view of the
         one before), int32 target spans [N, 2]."""
-        with _writing(self._asides[0]):
-            self._document(ids, images, spans)
+        with writing(self._asides[0]):
+            for content in self._index.add(ids, images, spans):
+                self._bin.write(content)
 
     def finish(self, origin: dict[str, Any]) -> dict[str, Any]:
         """Write the index and PREFIX.json, put all in place, and return the content of PREFIX.json.
 
         `origin` says what made the dataset (tokenizer, family, template ...); counts, sizes and statistics are added.
         """
-        with _writing(self._paths[2]):
+        with writing(self._paths[2]):
             return self._finish(origin)
 
     def __enter__(self) -> Self:
@@ -87,52 +178,18 @@ class Writer:
         for aside in self._asides:
             aside.unlink(missing_ok=True)
 
-    def _document(self, ids: np.ndarray, images: Sequence[bytes | None], spans: np.ndarray) -> None:
-        self._sequence(TEXT, np.asarray(ids, dtype="<i4").tobytes())
-        for image in images:
-            if image is None:
-                self._sequence(PICTURE, b"")
-                continue
-            pad = -len(image) % 4
-            self._sequence(PICTURE, struct.pack("<i", pad) + image + bytes(pad))
-        self._sequence(SPANS, np.asarray(spans, dtype="<i4").tobytes())
-        self._documents.append(len(self._lengths))
-        self._counts.append((len(ids), len(images), int(np.sum(spans[:, 1] - spans[:, 0]))))
-
     def _finish(self, origin: dict[str, Any]) -> dict[str, Any]:
-        bin_path, idx_path, json_path = self._paths
         self._bin.close()
-        lengths = np.asarray(self._lengths, dtype="<i4")
-        sizes = lengths.astype("<i8") * 4
-        with self._asides[1].open("wb") as idx:
-            idx.write(_HEADER.pack(_MAGIC, _VERSION, _INT32, len(lengths), len(self._documents)))
-            idx.write(lengths.tobytes())
-            idx.write((np.cumsum(sizes) - sizes).astype("<i8").tobytes())
-            idx.write(np.asarray(self._documents, dtype="<i8").tobytes())
-            idx.write(np.asarray(self._modes, dtype="i1").tobytes())
-        tokens, images, targets = np.asarray(self._counts, dtype=np.int64).reshape(-1, 3).T
-        info = {
-            "format_version": FORMAT_VERSION,
-            **origin,
-            "documents": len(tokens),
-            "tokens": int(tokens.sum()),
-            "images": int(images.sum()),
-            "targets": int(targets.sum()),
-            "tokens_per_document": _statistics(tokens),
-            "images_per_document": _statistics(images),
-            "bin_bytes": self._asides[0].stat().st_size,
-            "idx_bytes": self._asides[1].stat().st_size,
-        }
-        self._asides[2].write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        json_path.unlink(missing_ok=True)  # between the renames the old .json must not vouch for new data
-        for aside, path in zip(self._asides, (bin_path, idx_path, json_path), strict=True):
-            os.replace(aside, path)
+        info = self._index.write(self._asides[1], self._asides[2], origin)
+        put_in_place(self._asides, self._paths)
         return info
 
-    def _sequence(self, mode: int, content: bytes) -> None:
-        self._bin.write(content)
-        self._lengths.append(len(content) // 4)
-        self._modes.append(mode)
+
+def put_in_place(asides: Sequence[Path], paths: Sequence[Path]) -> None:
+    """Rename .bin, .idx and .json."""
+    paths[2].unlink(missing_ok=True)  # between the renames the old .json must not vouch for new data
+    for aside, path in zip(asides, paths, strict=True):
+        os.replace(aside, path)
 
 
 def _statistics(values: np.ndarray) -> dict[str, float]:
@@ -149,7 +206,7 @@ class Reader:
     def __init__(self, prefix: str | Path):
         """Raises DataError where a file is absent, another version, or does not fit the others."""
         self.prefix = str(prefix)
-        bin_path, idx_path, json_path = _paths(prefix)
+        bin_path, idx_path, json_path = paths_of(prefix)
         self.info = _read_info(json_path)
         """Content of PREFIX.json."""
         for path, key in ((bin_path, "bin_bytes"), (idx_path, "idx_bytes")):

@@ -1,27 +1,23 @@
-"""Records -> documents of an indexed dataset: what preprocessing does to each sample, in any number of processes."""
+"""Records -> documents of an indexed dataset: what preprocessing does to each sample."""
 
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from megamm.data.faults import SampleFault
-from megamm.data.image import picture_size, verify
-from megamm.data.sources import Fault, Record, read_image
+from megamm.data.faults import Fault, SampleFault
+from megamm.data.image import picture_size, reencode, verify
+from megamm.data.prompts import check_style, with_prompt
+from megamm.data.sources.files import VIDEO_BYTES, read_image
+from megamm.data.sources.record import MARKER, Media, Record
 from megamm.data.template import template
-from megamm.data.text import tokenise
+from megamm.data.text import Turn, tokenise
 from megamm.data.tokenizer import load_tokenizer
 from megamm.data.views import ViewRules, lay_out
 from megamm.errors import DataError
-
-CHUNK = 16
-"""Records that travel to a process at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +28,14 @@ class Recipe:
     tokenizer_dir: Path
     template: str
     marker: str
+    """The model's; in sources a picture is `<image>`, or spelt like this."""
     views: ViewRules = field(default_factory=ViewRules)
+    prompt_style: str = "none"
+    """One of prompts.STYLES."""
+    max_side: int | None = None
+    """Pixels; larger pictures are scaled down. None: pictures keep their bytes."""
+    quality: int | None = None
+    """1 to 100; every picture becomes a JPEG of it. None: pictures keep their bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +45,8 @@ class Document:
     ids: np.ndarray
     """int32 [T]; one IMAGE per picture."""
     images: list[bytes | None]
-    """Compressed pictures, as their files have them; each has been decoded once to see that it can be. None: one more
-    view of the picture before."""
+    """Compressed pictures, as their files have them unless the recipe re-encodes them; each has been decoded once to
+    see that it can be. None: one more view of the picture before."""
     spans: np.ndarray
     """int32 [N, 2]; target spans over `ids`."""
 
@@ -56,9 +59,9 @@ class Preparer:
         self.tokenizer = load_tokenizer(recipe.tokenizer_dir)
         self._template = template(recipe.template)
         self._template.check(self.tokenizer)
+        check_style(recipe.prompt_style)
         self._image_dir = recipe.image_dir.resolve()
-        self._marker = recipe.marker
-        self._views = recipe.views
+        self._recipe = recipe
         if recipe.views.cut != "none" and not self._template.keeps_markers:
             raise DataError(f"--cut: template {recipe.template} has no form for tiles; use --cut none")
         if not self._image_dir.is_dir():
@@ -68,86 +71,56 @@ class Preparer:
         """The document of a record, or why there is none."""
         if isinstance(record, Fault):
             return record
+        marker = self._recipe.marker
         try:
+            turns = [(role, text.replace(MARKER, marker)) for role, text in record.turns]
+            turns = with_prompt(turns, self._recipe.prompt_style)
             if self._template.keeps_markers:
-                return self._with_views(record)
+                return self._with_views(turns, record)
             if record.videos:
-                raise SampleFault("bad_record", "a video, which this template has no form for")
-            ids, spans = tokenise(record.turns, len(record.images), self._template, self.tokenizer, self._marker)
-            images: list[bytes | None] = [self._picture(name) for name in record.images]
-            return Document(ids, images, spans)
+                raise SampleFault("video", f"{len(record.videos)} of them")
+            ids, spans = tokenise(turns, len(record.images), self._template, self.tokenizer, marker)
+            return Document(ids, list(self._pictures(record)), spans)
         except SampleFault as fault:
             return Fault(record.where, fault)
 
-    def _with_views(self, record: Record) -> Document:
-        pictures = [self._picture(name) for name in record.images]
-        images = [(picture, picture_size(picture)) for picture in pictures]
-        videos = [self._frames(name) for name in record.videos]
-        turns, views = lay_out(record.turns, images, videos, self._views, self._marker)
-        ids, spans = tokenise(turns, len(views), self._template, self.tokenizer, self._marker)
+    def _with_views(self, turns: list[Turn], record: Record) -> Document:
+        recipe = self._recipe
+        images = [(picture, picture_size(picture)) for picture in self._pictures(record)]
+        videos = [self._frames(video, f"video {i}") for i, video in enumerate(record.videos, start=1)]
+        turns, views = lay_out(turns, images, videos, recipe.views, recipe.marker)
+        ids, spans = tokenise(turns, len(views), self._template, self.tokenizer, recipe.marker)
         return Document(ids, views, spans)
 
-    def _picture(self, name: str) -> bytes:
-        image = read_image(self._image_dir, name)
-        with _named(name):
-            verify(image)
-        return image
+    def _pictures(self, record: Record) -> list[bytes]:
+        return [self._picture(image, f"picture {i}") for i, image in enumerate(record.images, start=1)]
 
-    def _frames(self, name: str) -> list[bytes]:
+    def _picture(self, image: Media, name: str) -> bytes:
+        if isinstance(image, str):
+            name, image = image, read_image(self._image_dir, image)
+        try:
+            verify(image)
+            return reencode(image, self._recipe.max_side, self._recipe.quality)
+        except SampleFault as fault:
+            raise SampleFault(fault.reason, f"{name}: {fault.detail}") from fault
+
+    def _frames(self, video: Media, name: str) -> list[bytes]:
         from megamm.data.video import read_frames  # ffmpeg's libraries, for those who have videos
 
-        content = read_image(self._image_dir, name)
-        with _named(name):
-            return read_frames(content, self._views.max_frames)
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """A fault in the block says which file has it."""
-    try:
-        yield
-    except SampleFault as fault:
-        raise SampleFault(fault.reason, f"{name}: {fault.detail}") from fault
-
-
-def prepare(records: Iterable[Record | Fault], recipe: Recipe, workers: int) -> Iterator[Document | Fault]:
-    """Documents and faults in the order of the records, whatever the number of processes; 1 works in this one.
-
-    Raises DataError where a process dies.
-    """
-    if workers <= 1:
-        yield from map(Preparer(recipe), records)
-        return
-    stream = iter(records)
-    pending: deque[Future[list[Document | Fault]]] = deque()
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(recipe,)) as pool:
+        if isinstance(video, str):
+            name, video = video, read_image(self._image_dir, video, VIDEO_BYTES)
         try:
-            while True:
-                # Bounded: pictures of records far ahead must not fill the memory while a slow chunk is waited for.
-                while len(pending) < 4 * workers and (chunk := list(islice(stream, CHUNK))):
-                    pending.append(pool.submit(_run, chunk))
-                if not pending:
-                    return
-                yield from pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise DataError(f"--workers: a process died ({error}); is memory full? Try fewer") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            return read_frames(video, self._recipe.views.max_frames)
+        except SampleFault as fault:
+            raise SampleFault(fault.reason, f"{name}: {fault.detail}") from fault
+
+
+@lru_cache(maxsize=1)
+def preparer(recipe: Recipe) -> Preparer:
+    """The Preparer of a recipe, made once per process: a tokenizer is too slow to load per piece."""
+    return Preparer(recipe)
 
 
 def count_faults(faults: Iterable[Fault]) -> dict[str, int]:
     """Number of faults by reason, the commonest first."""
     return dict(Counter(fault.fault.reason for fault in faults).most_common())
-
-
-_preparer: Preparer
-"""Of a worker process; set once by its initializer, because a tokenizer is too slow to load per chunk."""
-
-
-def _start(recipe: Recipe) -> None:
-    global _preparer
-    _preparer = Preparer(recipe)
-
-
-def _run(chunk: list[Record | Fault]) -> list[Document | Fault]:
-    return [_preparer(record) for record in chunk]

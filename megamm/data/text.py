@@ -29,7 +29,7 @@ def tokenise(
     fails and drops the sample. Raises SampleFault.
     """
     if not template.keeps_markers:
-        turns = [(role, _one_marker_in_front(text, marker)) for role, text in turns]
+        turns = _place_markers(turns, num_images, marker)
     elif any(role == "gpt" and marker in text for role, text in turns):
         raise SampleFault("marker_count", "a marker in an answer, where this template has none")
     rounds = _rounds(turns)
@@ -82,6 +82,14 @@ def expand(
     expanded = np.repeat(ids.astype(np.int64), repeats)
     expanded[(starts[:, None] + np.arange(len(picture))).ravel()] = np.tile(picture, len(starts))
     return expanded[:max_tokens], np.repeat(labels, repeats)[:max_tokens], starts[starts < max_tokens]
+
+
+def _place_markers(turns: list[Turn], num_images: int, marker: str) -> list[Turn]:
+    """The authors' rule wherever it fits; the markers as written where only that fits: pictures between the text."""
+    in_front = [(role, _one_marker_in_front(text, marker)) for role, text in turns]
+    if sum(text.count(marker) for _, text in in_front) == num_images:
+        return in_front
+    return turns if sum(text.count(marker) for _, text in turns) == num_images else in_front
 
 
 def _one_marker_in_front(text: str, marker: str) -> str:

@@ -1,6 +1,10 @@
 import io
 import os
+import struct
+import subprocess
+import sys
 import warnings
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +15,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from megamm.data.faults import SampleFault
-from megamm.data.image import ImageFormat, decode, to_pixels, verify
+from megamm.data.image import ImageFormat, decode, reencode, to_pixels, verify
 
 CLIP = ImageFormat(
     size=336,
@@ -49,6 +53,16 @@ def palette_with_transparency():
 
 def sixteen_bit():
     return coded(Image.fromarray((np.arange(1200).reshape(30, 40) * 50).astype(np.uint16)), "PNG")
+
+
+def png_bomb(side):
+    """Black, one bit per pixel: 300 kB for 50,000 x 50,000 pixels."""
+    packed, rows = zlib.compressobj(1), bytes(100 * (1 + -(-side // 8)))  # each row with its filter byte in front
+    data = b"".join(packed.compress(rows) for _ in range(side // 100)) + packed.flush()
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
 
 
 EXIF = Image.Exif()
@@ -95,7 +109,7 @@ BROKEN = {
     "gif_cut": KINDS["gif_animated"][:30],
     "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n",
     "format_of_no_photograph": coded(smooth((50, 40)), "PCX"),  # Pillow could read it, and ghostscript the one above
-    "png_bomb": coded(Image.new("1", (50_000, 50_000)), "PNG"),
+    "png_bomb": png_bomb(50_000),
 }
 
 
@@ -105,6 +119,54 @@ def test_broken_pictures_are_faults(kind, function):
     with pytest.raises(SampleFault) as fault:
         function(BROKEN[kind])
     assert fault.value.reason == "image_broken"
+
+
+def test_a_bomb_takes_little_memory(tmp_path):
+    """In a process of its own: 7.5 GB of pixels, refused from the header."""
+    (tmp_path / "bomb.png").write_bytes(BROKEN["png_bomb"])
+    code = """
+import resource, sys
+from pathlib import Path
+from megamm.data.faults import SampleFault
+from megamm.data.image import decode, verify
+data = Path(sys.argv[1]).read_bytes()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for function in (decode, verify):
+    try:
+        function(data)
+    except SampleFault as fault:
+        print(fault.reason, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    command = [sys.executable, "-c", code, tmp_path / "bomb.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [reason for reason, _ in lines] == ["image_broken"] * 2 and all(int(kb) < 20_000 for _, kb in lines)
+
+
+def test_a_bomb_that_is_a_picture_decodes():
+    assert decode(png_bomb(800)).shape == (800, 800, 3)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_of_an_animated_picture_the_first_frame_counts(kind):
+    frames = [smooth((50, 40), seed=seed) for seed in range(3)]
+    still = coded(frames[0], kind, **({"lossless": True} if kind == "WEBP" else {}))
+    moving = coded(
+        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
+    assert np.array_equal(decode(moving), decode(still))
+
+
+@pytest.mark.parametrize("kind", ["jpeg_444", "png_alpha", "jpeg_cmyk"])
+def test_reencode(kind):
+    data = KINDS[kind]
+    assert reencode(data, None, None) is data and reencode(data, 61, None) is data
+    small = reencode(data, 25, None)
+    assert max(decode(small).shape) == 25 and small.startswith(b"\xff\xd8")
+    assert decode(reencode(data, None, 60)).shape == decode(data).shape
+    assert reencode(data, None, 95) == coded(Image.fromarray(decode(data)), "JPEG", quality=95)
+    with pytest.raises(SampleFault):
+        reencode(data[:-30], 25, None)
 
 
 def test_jpeg_bomb_is_refused_from_its_header():

@@ -1,13 +1,12 @@
 import io
-import os
-import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from megamm.data.faults import REASONS
-from megamm.data.prepare import Document, Preparer, Recipe, count_faults, prepare
+from megamm.data.faults import REASONS, REMEDIES
+from megamm.data.prepare import Preparer, Recipe, count_faults
 from megamm.data.sources import Fault, Record
 from megamm.errors import DataError
 
@@ -27,6 +26,10 @@ def recipe(make_tokenizer, tmp_path):
     (images / "empty.jpg").write_bytes(b"")
     (images / "page.jpg").write_bytes(b"<html>not found</html>")
     return Recipe(image_dir=images, tokenizer_dir=make_tokenizer("spm"), template="v1", marker="<image>")
+
+
+def test_every_reason_has_a_remedy():
+    assert REASONS.keys() == REMEDIES.keys()
 
 
 def record(images=("good.jpg",), question="<image>\nWhat?", answer="A cat", role="human"):
@@ -59,22 +62,40 @@ def test_each_fault_has_its_reason(changes, reason, detail, recipe):
     assert str(result.fault).startswith(REASONS[reason]) and detail in str(result.fault)
 
 
-def test_processes_keep_the_order_and_the_faults(recipe):
-    records = [record(answer=f"number {i}", images=["absent.jpg" if i % 7 == 3 else "good.jpg"]) for i in range(150)]
-
-    def plain(results):
-        return [str(r.fault) if isinstance(r, Fault) else (r.ids.tolist(), r.images, r.spans.tolist()) for r in results]
-
-    alone = list(prepare(records, recipe, workers=1))
-    assert plain(prepare(iter(records), recipe, workers=3)) == plain(alone)
-    assert count_faults(r for r in alone if isinstance(r, Fault)) == {"image_missing": 21}
-    assert sum(isinstance(r, Document) for r in alone) == 129
+def test_several_pictures_and_pictures_between_the_text(recipe):
+    three = ["good.jpg", jpeg(), "good.jpg"]
+    document = Preparer(recipe)(record(images=three, question="<image>\nA\n<image>\nor <image>?"))
+    assert len(document.images) == 3 and (document.ids == -200).sum() == 3
+    places = np.flatnonzero(document.ids == -200)
+    assert places[1] - places[0] > 1 and places[2] - places[1] > 1  # where they were written
+    in_front = Preparer(recipe)(record(question="What <image> <image>?"))  # LLaVA's rule, where it fits
+    assert (in_front.ids == -200).sum() == 1
 
 
-def test_death_of_a_process_is_one_clear_message(recipe, monkeypatch):
-    monkeypatch.setattr("megamm.data.prepare.verify", lambda data: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(DataError, match="--workers: a process died .*is memory full"):
-        list(prepare([record()] * 40, recipe, workers=2))
+def test_the_models_own_marker(recipe):
+    own = Preparer(replace(recipe, marker="<|image|>"))
+    for marker in ("<image>", "<|image|>"):
+        assert (own(record(question=f"{marker}\nWhat?")).ids == -200).sum() == 1
+
+
+def test_videos_are_faults(recipe):
+    result = Preparer(recipe)(replace(record(), videos=["a.mp4"]))
+    assert result.fault.reason == "video"
+
+
+def size(data):
+    return Image.open(io.BytesIO(data)).size
+
+
+def test_pictures_are_changed_only_where_asked(recipe):
+    def stored(**changes):
+        (image,) = Preparer(replace(recipe, **changes))(record()).images
+        return image
+
+    assert stored() == stored(max_side=40) == jpeg()  # 30 x 40 pixels
+    assert size(stored(max_side=20)) == (15, 20) and size(stored(quality=50)) == (30, 40)
+    assert len(stored(quality=10)) < len(stored(quality=50)) < len(jpeg())
+    assert stored(max_side=20, quality=50) == stored(max_side=20, quality=50) != stored(max_side=20)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +104,16 @@ def test_death_of_a_process_is_one_clear_message(recipe, monkeypatch):
         ({"template": "v3"}, "template: unknown name 'v3'"),
         ({"template": "phi"}, "ends every answer of this template"),
         ({"image_dir": "absent"}, "absent: no such directory; --image-dir"),
+        ({"prompt_style": "vqa"}, "--prompt-style: unknown 'vqa'; choose one of none, short_answer"),
     ],
 )
 def test_what_fits_no_sample_ends_the_run(changes, message, recipe, tmp_path):
     if "image_dir" in changes:
         changes = {"image_dir": tmp_path / changes["image_dir"]}
-    fields = {name: getattr(recipe, name) for name in Recipe.__dataclass_fields__}
     with pytest.raises(DataError, match=message):
-        Preparer(Recipe(**(fields | changes)))
+        Preparer(replace(recipe, **changes))
+
+
+def test_faults_are_counted(recipe):
+    results = [Preparer(recipe)(record(images=[name])) for name in ("absent.jpg", "cut.jpg", "gone.jpg")]
+    assert count_faults(results) == {"image_missing": 2, "image_broken": 1}

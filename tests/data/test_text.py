@@ -136,7 +136,7 @@ def test_leading_answer_is_dropped(make_tokenizer):
         ([("system", "Be nice"), ("human", "Hi")], 0, "bad_roles"),
         ([("human", "<image>"), ("gpt", "a")], 0, "marker_count"),
         ([("human", "Hi"), ("gpt", "a")], 1, "marker_count"),
-        ([("human", "<image> <image>"), ("gpt", "a")], 2, "marker_count"),
+        ([("human", "<image> <image>"), ("gpt", "a")], 3, "marker_count"),
     ],
 )
 def test_faults(turns, num_images, reason, make_tokenizer):

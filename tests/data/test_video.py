@@ -10,7 +10,7 @@ import pytest
 from megamm.data.faults import SampleFault
 from megamm.data.image import decode
 from megamm.data.prepare import Document, Preparer, Recipe
-from megamm.data.sources import Fault, LlavaSource, Record
+from megamm.data.sources import Fault, Record, Source
 from megamm.data.video import read_frames
 from megamm.data.views import ViewRules
 
@@ -90,7 +90,7 @@ def test_a_record_with_a_video_becomes_a_document_of_frames(make_tokenizer, tmp_
         '{"id": 1, "video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\\nWhat?"}, '
         '{"from": "gpt", "value": "grey"}]}\n'
     )
-    [record] = LlavaSource(tmp_path / "set.jsonl")
+    [record] = Source([tmp_path / "set.jsonl"])
     assert isinstance(record, Record) and record.videos == ["a.mp4"] and record.images == []
     prepare = Preparer(
         Recipe(

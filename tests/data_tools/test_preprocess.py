@@ -1,8 +1,6 @@
-import importlib.util
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,52 +17,7 @@ from megamm.errors import DataError, MegammError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "data_tools" / "preprocess.py"
-MODEL = ROOT / "tests" / "golden" / "template_masks" / "tokenizers" / "spm_bpe_400.model"
 OWLEVAL = Path(os.environ.get("MEGAMM_OWLEVAL", ROOT.parent / "shared" / "data" / "owleval"))
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("preprocess", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["preprocess"] = module  # its dataclass looks its own module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["preprocess"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    shutil.copy(MODEL, directory / "tokenizer.model")
-    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    return directory
-
-
-@pytest.fixture
-def inputs(tmp_path, tokenizer):
-    """Forty good samples and two bad ones."""
-    (tmp_path / "images").mkdir()
-    items = []
-    for i in range(42):
-        rgb = np.random.default_rng(i).integers(0, 256, (10 + i, 20, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(rgb).save(file, "JPEG" if i % 2 else "PNG")
-        content = file.getvalue() if i != 20 else file.getvalue()[:100]
-        (tmp_path / "images" / f"{i}.jpg").write_bytes(content)
-        answer = f"number {i}" if i != 7 else ""
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
-        items.append({"id": str(i), "image": f"{i}.jpg", "conversations": turns})
-    (tmp_path / "llava.json").write_text(json.dumps(items))
-    return {
-        "input": tmp_path / "llava.json",
-        "image_dir": tmp_path / "images",
-        "family": "llava",
-        "tokenizer": tokenizer,
-        "output": str(tmp_path / "out" / "set"),
-        "max_bad": 0.1,
-    }
 
 
 def outputs(prefix):
@@ -85,6 +38,7 @@ def test_dataset_says_what_made_it(script, inputs):
     assert str(inputs["image_dir"]) not in Path(inputs["output"] + ".json").read_text()
 
 
+@pytest.mark.usefixtures("small_pieces")
 def test_number_of_processes_does_not_show(script, inputs):
     script.main(script.Options(**inputs))
     expected = outputs(inputs["output"])
@@ -94,21 +48,25 @@ def test_number_of_processes_does_not_show(script, inputs):
 
 
 def test_plain_template_and_json_lines(script, inputs):
-    items = json.loads(inputs["input"].read_text())
-    inputs["input"].write_text("\n".join(json.dumps(item) for item in items))
+    items = json.loads(inputs["input"][0].read_text())
+    inputs["input"][0].write_text("\n".join(json.dumps(item) for item in items))
     script.main(script.Options(**inputs, template="plain"))
     reader = Reader(inputs["output"])
     ids, spans = reader.text(0)
     assert reader.info["template"] == "plain" and ids[:2].tolist() == [1, -200] and spans.tolist() == [[2, len(ids)]]
 
 
-def test_another_marker_than_the_familys(script, inputs):
+@pytest.mark.parametrize("marker", ["<image>", "<|image|>", "<picture>"])
+def test_another_marker_than_the_familys(marker, script, inputs):
     script.main(script.Options(**inputs))
     expected = Path(inputs["output"] + ".bin").read_bytes()
     inputs["family"] = "mplug_owl2"
-    with pytest.raises(DataError, match="marker_count"):
-        script.main(script.Options(**inputs))
-    script.main(script.Options(**inputs, marker="<image>"))
+    inputs["input"][0].write_text(inputs["input"][0].read_text().replace("<image>", marker))
+    if marker == "<picture>":  # neither the family's nor LLaVA's
+        with pytest.raises(DataError, match="marker_count"):
+            script.main(script.Options(**inputs))
+        inputs["marker"] = marker
+    script.main(script.Options(**inputs))
     assert Path(inputs["output"] + ".bin").read_bytes() == expected
 
 
@@ -118,11 +76,25 @@ def test_too_many_bad_samples_write_nothing_but_their_list(script, inputs):
     assert [path.name for path in Path(inputs["output"]).parent.iterdir()] == ["set.skipped.jsonl"]
 
 
+def test_long_samples_are_counted_and_kept(script, inputs, capsys):
+    script.main(script.Options(**inputs, max_tokens=600, image_tokens=576))
+    reader = Reader(inputs["output"])
+    longer = int((reader.num_ids + 575 > 600).sum())
+    assert 0 < longer <= 40 == len(reader) and f"; {longer} longer than 600 tokens" in capsys.readouterr().err
+
+
+def test_prompts_and_smaller_pictures_are_said_in_the_dataset(script, inputs):
+    script.main(script.Options(**inputs, prompt_style="short_answer", max_side=16, reencode=80))
+    reader = Reader(inputs["output"])
+    assert {"prompt_style": "short_answer", "max_side": 16, "reencode": 80}.items() <= reader.info.items()
+    assert max(decode(reader.image(i, 0)).shape[0] for i in range(40)) == 16
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [([], "holds no samples"), ([{}, {}], "2 of 2 samples cannot be used")], ids=["none", "bad"]
 )
 def test_nothing_usable_is_an_error_at_any_max_bad(content, message, script, inputs):
-    inputs["input"].write_text(json.dumps(content))
+    inputs["input"][0].write_text(json.dumps(content))
     with pytest.raises(DataError, match=message):
         script.main(script.Options(**(inputs | {"max_bad": 1.0})))
 
@@ -134,8 +106,12 @@ def test_nothing_usable_is_an_error_at_any_max_bad(content, message, script, inp
         ({"template": "vicuna"}, "template: unknown name 'vicuna'"),
         ({"tokenizer": Path("absent")}, "absent: holds no tokenizer"),
         ({"image_dir": Path("absent")}, "absent: no such directory"),
-        ({"input": Path("absent.json")}, "absent.json: not LLaVA JSON"),
+        ({"input": (Path("absent.json"),)}, "absent.json: no such file"),
         ({"max_bad": 1.5}, "--max-bad: 1.5 is no share"),
+        ({"max_side": 0}, "--max-side: 0; give a number from 1 on"),
+        ({"reencode": 101}, "--reencode: 101; give a number from 1 to 100"),
+        ({"prompt_style": "vqa"}, "--prompt-style: unknown 'vqa'"),
+        ({"format": "llava"}, "--format: unknown 'llava'"),
     ],
 )
 def test_bad_options_are_one_clear_message_and_write_nothing(changes, message, script, inputs):
@@ -180,7 +156,7 @@ def test_unusual_pictures_are_no_faults(script, inputs):
         (inputs["image_dir"] / f"{name}.jpg").write_bytes(make())
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": name}]
         items.append({"image": f"{name}.jpg", "conversations": turns})
-    inputs["input"].write_text(json.dumps(items))
+    inputs["input"][0].write_text(json.dumps(items))
     script.main(script.Options(**(inputs | {"max_bad": 0.0})))
     reader = Reader(inputs["output"])
     assert reader.info["skipped"] == {} and len(reader) == len(UNUSUAL)
@@ -219,7 +195,7 @@ def test_faults_are_skipped_counted_and_listed_and_end_the_run_above_max_bad(scr
         (inputs["image_dir"] / f"{name}.jpg").write_bytes(content)
     good = {"image": "1.jpg", "conversations": TURNS}
     faulty = [good | changes for changes, _ in FAULTY.values()]
-    inputs["input"].write_text(json.dumps([good, *faulty, good, good]))
+    inputs["input"][0].write_text(json.dumps([good, *faulty, good, good]))
     share = len(faulty) / (len(faulty) + 3)
 
     script.main(script.Options(**(inputs | {"max_bad": share})))
@@ -241,7 +217,10 @@ def test_faults_are_skipped_counted_and_listed_and_end_the_run_above_max_bad(scr
 
 
 def test_command_line_ends_with_a_message_and_a_status(inputs):
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in inputs.items() if name != "max_bad"]
+    options = [
+        f"--{name.replace('_', '-')}={value}" for name, value in inputs.items() if name not in ("max_bad", "input")
+    ]
+    options += ["--input", *inputs["input"]]
     command, environment = [sys.executable, SCRIPT, *options], os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -251,7 +230,7 @@ def test_command_line_ends_with_a_message_and_a_status(inputs):
 def test_every_real_photograph_decodes(script, inputs, tmp_path):
     if not OWLEVAL.is_dir():
         pytest.skip(f"no OwlEval pictures at {OWLEVAL}; set MEGAMM_OWLEVAL")
-    changes = {"input": OWLEVAL / "llava.json", "image_dir": OWLEVAL / "images", "max_bad": 0.0}
+    changes = {"input": (OWLEVAL / "llava.json",), "image_dir": OWLEVAL / "images", "max_bad": 0.0}
     script.main(script.Options(**(inputs | changes), workers=2))
     items = json.loads((OWLEVAL / "llava.json").read_text())
     reader = Reader(inputs["output"])
