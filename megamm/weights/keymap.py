@@ -296,18 +296,18 @@ def match(
 
     A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. The names of `parts`,
     each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` (`{i}`: any number)
-    may be lacking, but only all of them together, and those of `copied` each by itself. CheckpointError: none or
-    several match; the message lists what is left over and what is missing in the nearest dialect.
+    may be lacking, but of each of these only all together, and those of `copied` each by itself. CheckpointError: none
+    or several match; the message lists what is left over and what is missing in the nearest dialect.
     """
     release = set(names)
-    is_new = re.compile("|".join(r"\d+".join(map(re.escape, start.split("{i}"))) for start in new) or "(?!)")
+    beginnings = [re.compile(r"\d+".join(map(re.escape, start.split("{i}")))) for start in new]
     faults: dict[str, tuple[list[str], list[str]]] = {}
     for dialect, table in tables.items():
         found = set(table.spelt(release))
         for part in parts:
             found |= fill(found, part, table).keys()
         entries = table.entries()
-        groups = [{key for entry in entries if is_new.match(entry.name) for key in entry.hf}]
+        groups = [{key for entry in entries if start.match(entry.name) for key in entry.hf} for start in beginnings]
         groups += [set(entry.hf) for entry in entries if entry.name in copied]
         needed = table.hf_names.difference(*(group for group in groups if not group & found))
         unknown = found - table.hf_names
