@@ -35,12 +35,11 @@ def start(name: str, source: Path, image_dir: Path, directory: Path) -> Config:
     import_hf(directory / "hf", None, [family(name)], directory / "start")
     preprocess.main(
         preprocess.Options(
-            input=source,
+            input=(source,),
             image_dir=image_dir,
             family=name,
             template=TINY[name].template if name in TINY else None,
             tokenizer=directory / "hf",
-            marker="<image>",
             output=str(directory / "train"),
             max_bad=0.0,
         )
