@@ -30,7 +30,8 @@ class Variant:
     def tower(self) -> Path | None:
         """The directory of its tower, where its config.json leaves the tower's sizes out."""
         tower = self.hf / "vision_tower"
-        return tower if tower.is_dir() else None
+        is_needed = tower.is_dir() and not self.path.startswith("imp/")  # Imp's config.json has the sizes, too
+        return tower if is_needed else None
 
     @property
     def cases(self) -> list[Path]:

@@ -48,7 +48,7 @@ python=python3
 
 # Every command writes aside and renames at the end: what is there is whole.
 preprocess() { # STAGE [OPTION ...]
-    [[ -e $out/data/$1.json ]] || "$python" data_tools/preprocess.py --family mplug_owl2 --marker '<image>' \
+    [[ -e $out/data/$1.json ]] || "$python" data_tools/preprocess.py --family mplug_owl2 \
         --tokenizer "${given[llm]}" --input "${given[$1-json]}" --image-dir "${given[$1-images]}" \
         --output "$out/data/$1" --workers "$(nproc)" "${@:2}"
 }

@@ -275,7 +275,7 @@ def _open_as(
     made = {dialect: make(options) for dialect, make in (keys or family.keys).items()}
     tables = {dialect: table for dialect, table in made.items() if table.entries()}
     copies = family.duplicated(options) if may_duplicate else {}
-    dialect = match(source.infos, tables, [part.infos for part in parts], new, copies)
+    dialect = match(source.infos, tables, [part.infos for part in parts], (*new, *copies))
     table = tables[dialect]
     source = source.renamed(table.spelt(source.infos))
     for part in parts:

@@ -8,7 +8,7 @@ only: no model, no file.
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -290,7 +290,6 @@ def match(
     tables: Mapping[str, KeyMap],
     parts: Sequence[Iterable[str]] = (),
     new: tuple[str, ...] = (),
-    copied: Collection[str] = (),
 ) -> str:
     """The one dialect of `tables` in which these Hugging Face names are written.
 
