@@ -87,6 +87,8 @@ def show(config: Config, found: Plan, world_size: int) -> None:
         if part == "llm" and TEXT_WAY in config.train.freeze:
             trained = "the visual way"
         parts.add_row(part, f"{number:,}", trained)
+    for guest in dict.fromkeys(guest for unit in found.units for guest in unit.guests):
+        parts.add_row(guest, "among these", "frozen" if guest in config.train.freeze else "yes")
     parts.add_row("all", f"{sum(unit.parameters for unit in found.units):,}", "")
     console.print(parts)
     accumulate = config.train.global_batch // (config.train.micro_batch * found.dp)

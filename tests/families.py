@@ -30,7 +30,8 @@ class Variant:
     def tower(self) -> Path | None:
         """The directory of its tower, where its config.json leaves the tower's sizes out."""
         tower = self.hf / "vision_tower"
-        return tower if tower.is_dir() else None
+        is_needed = tower.is_dir() and not self.path.startswith("imp/")  # Imp's config.json has the sizes, too
+        return tower if is_needed else None
 
     @property
     def cases(self) -> list[Path]:
@@ -53,4 +54,5 @@ VARIANTS = [
     Variant("vw_lmm/llama", "original"),
     Variant("vw_lmm/mistral", "original"),
     Variant("vw_lmm/pif", "original", named="vw_lmm_pif"),
+    Variant("mplug_owl2/llama", "original"),
 ]

@@ -6,6 +6,7 @@ mPLUG-Owl3's released processor.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,25 @@ class Template:
             text += self.lead + answer + self.end
             ranges.append((start, len(text)))
         return text, ranges
+
+    def jinja(self, marker: str) -> str:
+        """This format for transformers' `apply_chat_template`: messages whose contents are lists of image and text
+        items; each image becomes `marker` and a line break in front of the text."""
+        first, later, reply, lead, end = map(json.dumps, (self.first, self.later, self.reply, self.lead, self.end))
+        return (
+            "{%- for message in messages -%}"
+            "{%- if message.role == 'user' -%}"
+            f"{{{{ {first} if loop.first else {later} }}}}"
+            "{%- for item in message.content if item.type == 'image' -%}{{ '" + marker + "\\n' }}{%- endfor -%}"
+            "{%- for item in message.content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}"
+            f"{{{{ {reply} }}}}"
+            "{%- else -%}"
+            f"{{{{ {lead} }}}}"
+            "{%- for item in message.content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}"
+            f"{{{{ {end} }}}}"
+            "{%- endif -%}"
+            "{%- endfor -%}"
+        )
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise DataError where `end` is more tokens than it should be: the model would then learn to spell it and

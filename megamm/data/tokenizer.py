@@ -1,11 +1,13 @@
 """Text <-> ids, with the place of every token in the text. The only file of the data side that imports transformers."""
 
+import json
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from megamm.data.tokenizer_files import FILES, tokenizer_hash
@@ -87,3 +89,21 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         _backend=backend,
     )
+
+
+def add_token(directory: str | Path, token: str) -> int:
+    """Give the tokenizer of a local directory a special token, the first id behind its own, and return its id; one that
+    it has already stays as it is. Rewrites the tokenizer's files."""
+    directory = Path(directory)
+    tokenizer = load_tokenizer(directory)
+    if (found := tokenizer.encode(token, bos=False)) and len(found) == 1:
+        return found[0]
+    loaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    settings = directory / "tokenizer_config.json"
+    legacy = {k: v for k, v in json.loads(settings.read_text()).items() if k == "legacy"} if settings.exists() else {}
+    loaded.add_tokens([AddedToken(token, normalized=False, special=True)], special_tokens=True)
+    loaded.save_pretrained(directory)
+    # transformers 5.23 does not write `legacy` back, and then takes it for false: other ids behind a special token.
+    if legacy:
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), **legacy}, indent=2) + "\n")
+    return load_tokenizer(directory).encode(token, bos=False)[0]

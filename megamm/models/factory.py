@@ -4,6 +4,7 @@ It can hold any decoder, tower and connector that its code registers, and says f
 is dropped. Tables and options only. Source: arXiv 2405.11788 and its code.
 """
 
+from dataclasses import fields
 from typing import Any
 
 from megamm.errors import CheckpointError
@@ -85,7 +86,7 @@ def read(config: dict[str, Any], tower_config: dict[str, Any] | None, *, family:
 def write(options: VlmOptions, *, parts: Parts) -> dict[str, Any]:
     """Options -> config.json, written over the one they came from if that was in this spelling.
 
-    CheckpointError: a decoder or tower that the authors' code has no class for."""
+    CheckpointError: a decoder or tower that the authors' code has no class for, or whose class computes otherwise."""
     llm, tower, projector = options.llm, options.vision, options.projector
     _check_registered(llm.model_type, tower.model_type)
     source = options.hf if is_factory(options.hf) else {}
@@ -102,12 +103,19 @@ def write(options: VlmOptions, *, parts: Parts) -> dict[str, Any]:
         "vision_feature_select_strategy": "cls_patch" if tower.keep_first_token else "patch",
         **published.write(projector, "connector_type", PROJECTORS),
     }
+    theirs = parts.llm_options(known["text_config"])
+    if differ := [f.name for f in fields(llm) if getattr(llm, f.name) != getattr(theirs, f.name)]:
+        raise CheckpointError(
+            f"TinyLLaVA_Factory's {llm.model_type} has {differ[0]} {getattr(theirs, differ[0])}, this model "
+            f"{getattr(llm, differ[0])}; export in another --dialect"
+        )
     same = {key: known[key] for key in ("hidden_size", "vocab_size", "vision_hidden_size")}
     if source:
         return overlay(source, known, DEFAULTS | same | {"connector_type": "mlp2x_gelu"})
     carried = {key: options.hf[key] for key in CARRIED if key in options.hf}
     known["text_config"] |= carried
-    return known | carried | names(llm.model_type, tower.model_type, options.max_tokens or llm.max_positions)
+    fresh = names(llm.model_type, tower.model_type, options.max_tokens or llm.max_positions)
+    return known | carried | fresh | {key: options.hf[key] for key in ("image_aspect_ratio",) if options.hf.get(key)}
 
 
 def names(llm: str, tower: str, max_tokens: int) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Family:
     start_keys: Callable[[VlmOptions], KeyMap] | None = None
     """Table in the names of a plain llm and a plain tower, for a start of both, where these differ from the export
     dialect's by more than a prefix."""
+    resized: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
+    """config.json, side of the pictures in pixels -> that of the same model for such pictures; None: there is none."""
     drawn: tuple[str, ...] = ("projector.",)
     """Beginnings of the canonical names that neither a plain llm nor a plain tower has: a start draws them. `{i}` is
     any number."""

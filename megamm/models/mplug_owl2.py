@@ -50,8 +50,8 @@ def read(config: dict[str, Any], tower_config: dict[str, Any] | None = None) -> 
         )
     if tower_config is not None and (size := vision_config(tower_config).get("image_size")) != vision.image_size:
         raise CheckpointError(
-            f"the tower is made for pictures of {size} pixels, the model of config.json for {vision.image_size}; its "
-            "position embedding is not resized. Give a tower of that size"
+            f"the tower is made for pictures of {size} pixels, the model of config.json for {vision.image_size}; "
+            "give a tower of that size, or import with --image-size"
         )
     return VlmOptions(
         family="mplug_owl2",
@@ -145,6 +145,20 @@ def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any]) -> dict[str, Any]:
     return write(options, "original")[0] | {key: llm_hf[key] for key in CARRIED if key in llm_hf}
 
 
+def resized(config: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """config.json for pictures of another size. CheckpointError: the tower's patches do not fill it."""
+    vision, visual = read(config).vision, config["visual_config"]
+    if image_size < vision.patch_size or image_size % vision.patch_size:
+        raise CheckpointError(
+            f"--image-size {image_size} is no multiple of {vision.patch_size}, the side of the tower's patches"
+        )
+    model = visual["visual_model"] | {"image_size": image_size}
+    grid = {"grid_size": image_size // vision.patch_size}
+    return config | {
+        "visual_config": visual | {"visual_model": model, "visual_abstractor": visual["visual_abstractor"] | grid}
+    }
+
+
 def keys(options: VlmOptions) -> KeyMap:
     """The table of the published files; the position tables and `inv_freq`, which a state_dict has, may be there."""
     return (
@@ -224,6 +238,7 @@ FAMILY = Family(
     keys={"original": keys},
     start_keys=start_keys,
     duplicated=duplicated,
+    resized=resized,
     export_dialect="original",
     template="v1",
     marker="<|image|>",

@@ -99,9 +99,8 @@ def check_same_tower(ours: VisionOptions, towers: VisionOptions) -> None:
 def write(options: VlmOptions, *, parts: Parts) -> dict[str, Any]:
     """Options -> config.json, written over the one they came from if that was in this spelling."""
     llm, vision = parts.llm(options.llm), parts.vision(options.vision)
-    if options.projector.kind != "mlp2x_gelu" or options.llm.has_head_bias:
-        what = "bias on the head" if options.llm.has_head_bias else f"projector of kind {options.projector.kind!r}"
-        raise CheckpointError(f"transformers' llava has no {what}; export in the --dialect of the authors' code")
+    if lacks := _lacks(options):
+        raise CheckpointError(f"transformers' llava has no {lacks}; export in the --dialect of the authors' code")
     source = options.hf if is_native(options.hf) else {}
     tower = options.hf.get("vision_config", options.tower_hf or {})
     known: dict[str, Any] = {
@@ -122,6 +121,13 @@ def write(options: VlmOptions, *, parts: Parts) -> dict[str, Any]:
         known |= carried
         known |= {"architectures": ["LlavaForConditionalGeneration"], "image_seq_length": options.tokens_per_image}
     return overlay(source, known, DEFAULTS)
+
+
+def _lacks(options: VlmOptions) -> str | None:
+    """What this model has and transformers' class has not; None: it can hold the model."""
+    if options.projector.kind != "mlp2x_gelu":
+        return f"projector of kind {options.projector.kind!r}"
+    return "bias on the head" if options.llm.has_head_bias else None
 
 
 def feature_layer(vision: VisionOptions, said: int) -> int:
@@ -151,7 +157,9 @@ def compose(llm_hf: dict[str, Any], tower_hf: dict[str, Any], *, parts: Parts) -
 
 def keys(options: VlmOptions, *, parts: Parts) -> KeyMap:
     """The table in the spelling of the published files (transformers up to 4.51), which every later version reads;
-    whatever prefixes transformers has since put in or left out are accepted."""
+    whatever prefixes transformers has since put in or left out are accepted. No rows for what it cannot hold."""
+    if _lacks(options):
+        return KeyMap(())
     table = (
         parts.vision(options.vision).keys(options.vision).renamed(ours="vision.", hf={"": "vision_tower.vision_model."})
         + mlp.keys(options.projector).renamed(ours="projector.", hf={"": "multi_modal_projector."})

@@ -132,7 +132,13 @@ def write(options: VlmOptions, *, parts: Parts, classes: Sequence[Class]) -> tup
     tower = parts.vision(options.vision).to_hf(options.vision, options.hf.get("vision_config", {}))
     text = options.hf.get("text_config", {})
     carried = {key: part[key] for part in (text, options.hf) for key in CARRIED if key in part}
-    fresh = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat", "use_mm_proj": True}
+    fresh = {
+        "image_aspect_ratio": options.hf.get("image_aspect_ratio") or "pad",
+        "mm_patch_merge_type": "flat",
+        "use_mm_proj": True,
+    }
+    if options.max_tokens is not None:
+        fresh["tokenizer_model_max_length"] = options.max_tokens
     return out | carried | fresh | {"architectures": [chosen.architecture]}, tower
 
 

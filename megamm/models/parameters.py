@@ -78,13 +78,15 @@ def join(entry: Entry, local: Tensor) -> Tensor:
 
 
 def unit_of(name: str) -> str:
-    """The unit of the flat list to which the parameter of a canonical name belongs; `words`, which has none of its own,
-    is a guest in others."""
+    """The unit of the flat list to which the parameter of a canonical name belongs; of a norm behind the tower's last
+    layer, whose unit it shares, `vision.norm`; `words`, which has none of its own, is a guest in others."""
     part, *rest = name.split(".")
     if part in ("projector", "words"):
         return part
     if "layers" in rest:
         return f"{part}.layer.{rest[rest.index('layers') + 1]}"
+    if rest[0] == "post_norm":
+        return f"{part}.norm"
     return "llm.head" if part == "llm" and rest[0] != "embedding" else f"{part}.embed"
 
 

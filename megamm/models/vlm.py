@@ -6,7 +6,6 @@ behind the projector, hidden states [S, B, H] inside the llm (S divided by tp un
 visual tokens as further rows behind them (parallel/carry.py) where a later unit reads these.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -146,12 +145,14 @@ class VLM(MegatronModule):
 
     def flatten_features(self, visual_PIH: Tensor) -> Tensor:
         """Visual tokens [P, I, H] as rows [R, 1, H], image after image, as `Batch.rows_K` counts them. Under sequence
-        parallelism padded with zeros to a multiple of tp, and scattered like the hidden states."""
+        parallelism padded with zeros to a multiple of tp, and scattered like the hidden states; in FP8, whose linears
+        want that, every rank's share padded to a multiple of 16."""
         rows_R1H = visual_PIH.transpose(0, 1).reshape(-1, 1, visual_PIH.size(-1))
-        if not self.config.sequence_parallel:
-            return rows_R1H
-        padding = -rows_R1H.size(0) % self.config.tensor_model_parallel_size
-        return scatter_to_sequence_parallel_region(F.pad(rows_R1H, (0, 0, 0, 0, 0, padding)))
+        is_scattered = self.config.sequence_parallel
+        shares = self.config.tensor_model_parallel_size if is_scattered else 1
+        padding = -rows_R1H.size(0) % (shares * (16 if self.config.fp8 else 1))
+        rows_R1H = F.pad(rows_R1H, (0, 0, 0, 0, 0, padding)) if padding else rows_R1H
+        return scatter_to_sequence_parallel_region(rows_R1H) if is_scattered else rows_R1H
 
     def local_length(self, batch: Batch) -> int:
         """S of the hidden states on this rank."""
@@ -170,8 +171,7 @@ class VLM(MegatronModule):
             side = {"context": features_R1H, "context_mask": batch.starts_BM}
         elif self.options.llm.is_modality_adaptive:
             side["context_mask"] = is_visual(batch)
-        run = partial(
-            self.llm,
+        arguments: dict[str, Any] = dict(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
@@ -180,12 +180,14 @@ class VLM(MegatronModule):
             extra_block_kwargs=side,
         )
         if self.words is None or keep_logits or not self.llm.post_process:
-            return run()
+            return self.llm(**arguments)
         assert features_R1H is not None
         hidden: list[Tensor] = []
         hook = self.llm.decoder.register_forward_hook(lambda _, __, output: hidden.append(output))
-        loss_BS = run()
+        loss_BS = self.llm(**arguments)
         hook.remove()
-        rows = [gather_rows(x) if self.config.sequence_parallel else x for x in (features_R1H, *hidden)]
-        kl_BS = self.words(rows[0].squeeze(1), rows[1], self.llm.head_weight, batch, self.loss)
+        is_watched_only = self.loss.vm_weight == 0 and not self.words.vm_head.weight.requires_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_watched_only):
+            rows = [gather_rows(x) if self.config.sequence_parallel else x for x in (features_R1H, *hidden)]
+            kl_BS = self.words(rows[0].squeeze(1), rows[1], self.llm.head_weight, batch, self.loss)
         return torch.stack([loss_BS, kl_BS])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -20,6 +20,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 from megamm.data.template import Template, template
@@ -99,7 +100,7 @@ def tiny_llava(
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,  # the class token, which "default" takes away again
             image_token=IMAGE_TOKEN,
-            chat_template=_chat_template(form),
+            chat_template=form.jinja(IMAGE_TOKEN),
         ).save_pretrained(aside)
         _keep_legacy(aside)
 
@@ -109,6 +110,20 @@ def tiny_tokenizer(directory: str | Path, texts: Iterable[str], *, vocab_size: i
     pieces `<image>` and `<pad>`, as llava-hf adds them. At most `vocab_size` tokens in all. `directory` must be new."""
     with new_directory(directory) as aside:
         _write_tokenizer(aside, list(texts), vocab_size)
+
+
+def tiny_byte_tokenizer(directory: str | Path, *special: str) -> None:
+    """Write a tokenizer of single bytes, as those of Phi-2, Qwen and StableLM without their merges: 256 of them, the
+    end token `<|endoftext|>`, and the `special` ones behind it. `directory` must be new."""
+    end = "<|endoftext|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, unk_token=end)
+    fast.add_tokens([AddedToken(token, normalized=False, special=True) for token in special], special_tokens=True)
+    with new_directory(directory) as aside:
+        fast.save_pretrained(aside)
 
 
 def _write_tokenizer(directory: Path, texts: list[str], vocab_size: int) -> LlamaTokenizer:
@@ -153,25 +168,6 @@ def _keep_legacy(directory: Path) -> None:
 def _words(form: Template) -> list[str]:
     # Many times over, so that the long text in front of every question becomes whole words.
     return 8 * [form.first, form.later, form.reply]
-
-
-def _chat_template(form: Template) -> str:
-    """Jinja for messages whose contents are lists of image and text items, the image first."""
-    first, later, reply, lead, end = map(json.dumps, (form.first, form.later, form.reply, form.lead, form.end))
-    return (
-        "{%- for message in messages -%}"
-        "{%- if message.role == 'user' -%}"
-        f"{{{{ {first} if loop.first else {later} }}}}"
-        "{%- for item in message.content if item.type == 'image' -%}{{ '" + IMAGE_TOKEN + "\\n' }}{%- endfor -%}"
-        "{%- for item in message.content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}"
-        f"{{{{ {reply} }}}}"
-        "{%- else -%}"
-        f"{{{{ {lead} }}}}"
-        "{%- for item in message.content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}"
-        f"{{{{ {end} }}}}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-    )
 
 
 @torch.no_grad()

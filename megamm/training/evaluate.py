@@ -8,7 +8,8 @@ from megamm.training.step import Stages, mean_loss, run_pipeline
 
 @torch.no_grad()
 def evaluate(stages: Stages, loader: Loader) -> float:
-    """Mean loss over the supervised tokens of every sample that `loader` gives; each is counted once."""
+    """Mean loss over the supervised tokens of every sample that `loader` gives; each is counted once. A loss of several
+    terms is that of each global batch, weighted by its supervised tokens."""
     total, count = 0.0, 0
     for stage in stages:
         stage.eval()

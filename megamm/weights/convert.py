@@ -38,9 +38,13 @@ from megamm.weights.hf import (
     write_json,
 )
 from megamm.weights.keymap import Entry, KeyMap, fill, match
+from megamm.weights.positions import resize_positions
 from megamm.weights.torch_dist import StoredTensors, save_torch_dist
 
 log = get_logger(__name__)
+
+POSITIONS = "vision.position_embedding"
+"""Canonical name of the tower's learned positions, whose number follows from the size of the pictures."""
 
 
 class FamilyTables(Protocol):
@@ -65,7 +69,11 @@ class FamilyTables(Protocol):
     @property
     def keys(self) -> Mapping[str, Callable[[Any], KeyMap]]: ...
     @property
+    def resized(self) -> Callable[[dict[str, Any], int], dict[str, Any]] | None: ...
+    @property
     def start_keys(self) -> Callable[[Any], KeyMap] | None: ...
+    @property
+    def export_dialect(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +92,8 @@ class HfCheckpoint:
     seed: int = 0
     duplicated: Mapping[str, str] = field(default_factory=dict)
     """Canonical names that no directory has -> those whose weights they begin with."""
+    is_resized: bool = False
+    """Whether the tower's positions were made for pictures of another size, and are interpolated."""
 
     def load(self, name: str) -> Tensor:
         """The global tensor of a canonical name, in its source dtype, vocabulary padded."""
@@ -91,15 +101,22 @@ class HfCheckpoint:
         entry = self.table[name]
         if name in self.drawn:
             return draw(name, entry.shape, self.seed, entry.std).to(self.drawn[name].dtype)
-        return entry.pack([self.source.read(key) for key in entry.hf])
+        tensors = [self.source.read(key) for key in entry.hf]
+        if self.is_resized and name == POSITIONS:
+            tensors = [resize_positions(*pair) for pair in zip(tensors, entry.hf_shapes, strict=True)]
+        return entry.pack(tensors)
 
     def metas(self) -> dict[str, Tensor]:
         """Every canonical tensor without data. CheckpointError: dtypes that do not fit together."""
         infos = self.source.infos
+
+        def dtypes(entry: Entry) -> list[torch.dtype]:
+            return [infos[key].dtype for key in entry.hf]
+
         found = {
             entry.name: self.drawn[entry.name].meta()
             if entry.name in self.drawn
-            else entry.pack([infos[key].meta() for key in entry.hf])
+            else entry.pack([TensorInfo(*pair).meta() for pair in zip(entry.hf_shapes, dtypes(entry), strict=True)])
             for entry in self.table.entries()
             if entry.name not in self.duplicated
         }
@@ -129,7 +146,8 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
 
     `tower_dir` fills only tensors that `hf_dir` lacks, and the tower's sizes where config.json leaves them out. Nothing
     is read but names, shapes and dtypes, and every row is checked against them. Only where there is one family, what it
-    duplicates may be absent. CheckpointError: no family fits, or several do and the user must say which.
+    duplicates may be absent. Of several families that fit, the one whose own spelling it is counts (`export_dialect`).
+    CheckpointError: no family fits, or several do and the user must say which.
     """
     is_named = len(families) == 1
     families = families if is_named else [family for family in families if family.is_recognised]
@@ -147,8 +165,10 @@ def open_hf(hf_dir: str | Path, tower_dir: str | Path | None, families: Sequence
             found.append(checkpoint)
         except CheckpointError as error:
             refusals[family.name] = error
-    if len(found) == 1:
-        return found[0]
+    own = [checkpoint for checkpoint in found if checkpoint.info.dialect == checkpoint.family.export_dialect]
+    for fitting in (found, own):
+        if len(fitting) == 1:
+            return fitting[0]
     if found:
         names = ", ".join(checkpoint.family.name for checkpoint in found)
         raise CheckpointError(f"{hf_dir} fits more than one family: {names}. Say which with --family.")
@@ -163,16 +183,18 @@ def open_start(
 ) -> HfCheckpoint:
     """Open a plain llm and a plain vision tower as a model of `family`; what neither has is drawn, in the llm's dtype.
 
-    `hf_dir`: weights that count before those of both, such as a trained projector; its config.json, if it has one, says
-    what the model is. CheckpointError: anything that does not fit, and a tensor of the llm that the family has not.
+    `hf_dir`: weights that count before those of both, such as a trained projector, and a config.json that says what the
+    model is; either may be absent. CheckpointError: anything that does not fit, and a tensor of the llm that the family
+    has not.
     """
     llm_config, tower_config = read_config(llm_dir), read_config(tower_dir)
     llm, tower = HfSource(llm_dir), HfSource(tower_dir)
     source, config = HfSource.empty(), family.compose(llm_config, tower_config)
     if hf_dir is not None:
         _refuse_adapter(hf_dir)
-        source = HfSource(hf_dir)
-        config = read_config(hf_dir) if (Path(hf_dir) / CONFIG).exists() else config
+        has_config = (Path(hf_dir) / CONFIG).exists()
+        source = HfSource(hf_dir) if has_weights(hf_dir) or not has_config else source
+        config = read_config(hf_dir) if has_config else config
     keys = None if family.start_keys is None else {family.export_dialect: family.start_keys}
     checkpoint = _open_as(
         family, config, tower_config, source, (llm, tower), family.drawn, may_duplicate=True, keys=keys
@@ -192,6 +214,31 @@ def open_start(
     checkpoint = replace(checkpoint, drawn=drawn, seed=seed)
     checkpoint.metas()
     return checkpoint
+
+
+def with_image_size(checkpoint: HfCheckpoint, image_size: int) -> HfCheckpoint:
+    """The same model for pictures of another size, in pixels: the tower's positions are interpolated.
+
+    What is stored and never computed with is left out, for it may depend on the old size. CheckpointError: the family
+    cannot, or the size is none for its tower.
+    """
+    family, info = checkpoint.family, checkpoint.info
+    if family.resized is None:
+        raise CheckpointError(f"the pictures of family {family.name} have the size that its tower was made for")
+    config = family.resized(info.hf_config, image_size)
+    options = family.read(config, None)
+    spellings = [*family.keys.values(), *([family.start_keys] if family.start_keys else [])]
+    make = next(make for make in spellings if make(checkpoint.options).hf_names == checkpoint.table.hf_names)
+    table = make(options)
+    source = checkpoint.source.renamed({name: name for name in checkpoint.source.infos if name in table.hf_names})
+    return replace(
+        checkpoint,
+        info=replace(info, hf_config=config, tower_config=None),
+        options=options,
+        table=table,
+        source=source,
+        is_resized=True,
+    )
 
 
 def _open_tower(tower_dir: str | Path | None) -> tuple[dict[str, Any] | None, tuple[HfSource, ...]]:
@@ -225,7 +272,7 @@ def _open_as(
     made = {dialect: make(options) for dialect, make in (keys or family.keys).items()}
     tables = {dialect: table for dialect, table in made.items() if table.entries()}
     copies = family.duplicated(options) if may_duplicate else {}
-    dialect = match(source.infos, tables, [part.infos for part in parts], new, copies)
+    dialect = match(source.infos, tables, [part.infos for part in parts], (*new, *copies))
     table = tables[dialect]
     source = source.renamed(table.spelt(source.infos))
     for part in parts:
@@ -278,13 +325,21 @@ def write_checkpoint(checkpoint: HfCheckpoint, output: str | Path, *file_dirs: s
         write_info(directory, checkpoint.info)
 
 
-def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Path, dialect: str | None = None) -> str:
+def export_hf(
+    checkpoint_dir: str | Path,
+    family: FamilyTables,
+    output: str | Path,
+    dialect: str | None = None,
+    more_vocab: int = 0,
+    finish: Callable[[Path], None] | None = None,
+) -> str:
     """Write the Hugging Face directory of a megamm checkpoint to `output`; returns its dialect.
 
     `dialect` None: the one imported from. The tower's tensors are among the rest, wherever they came from. Every
-    tensor keeps its stored dtype, a vocabulary loses its padding, kept tensors and files come back. Holds at most about
-    twice the largest tensor. CheckpointError: another family, an unknown dialect or one that cannot say this model,
-    tensors missing, unknown or of other shapes; then `output` is not made.
+    tensor keeps its stored dtype, a vocabulary loses its padding, kept tensors and files come back. `more_vocab` rows
+    are put behind every vocabulary, each the mean of its own. `finish` is called with the directory at last, before it
+    gets its name. Holds at most about twice the largest tensor. CheckpointError: another family, an unknown dialect or
+    one that cannot say this model, tensors missing, unknown or of other shapes; then `output` is not made.
     """
     source_dir = find_checkpoint(checkpoint_dir)
     info = read_info(source_dir)
@@ -304,7 +359,7 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
     infos: dict[str, TensorInfo] = {}
     exported = [entry for entry in table.entries() if entry.is_exported]
     for entry in exported:
-        metas = entry.unpack(stored.infos[entry.name].meta())
+        metas = _lengthened(entry, entry.unpack(stored.infos[entry.name].meta()), more_vocab)
         infos |= zip(entry.hf, map(TensorInfo.of, metas), strict=True)
     config = _with_dtype(config, {tensor.dtype for tensor in infos.values()})
 
@@ -317,7 +372,7 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
     with new_directory(output) as directory:
         with HfWriter(directory, infos) as writer:
             for entry in exported:
-                _export_entry(entry, stored, writer)
+                _export_entry(entry, stored, writer, more_vocab)
             if kept:
                 for name, theirs in kept_names.items():
                     writer.write(name, kept.read(theirs))
@@ -327,6 +382,8 @@ def export_hf(checkpoint_dir: str | Path, family: FamilyTables, output: str | Pa
             write_json(directory / TOWER / CONFIG, tower_config)
         if (source_dir / HF_FILES).is_dir():
             shutil.copytree(source_dir / HF_FILES, directory, dirs_exist_ok=True)
+        if finish is not None:
+            finish(directory)
     if left_out := [entry.name for entry in table.entries() if not entry.is_exported]:
         log.warning("left out, since dialect %s has no place for it: %s", dialect, ", ".join(left_out))
     return dialect
@@ -356,7 +413,19 @@ def _with_dtype(config: dict[str, Any], dtypes: set[torch.dtype]) -> dict[str, A
     return config | {key: name for key in ("dtype", "torch_dtype") if key in config}
 
 
-def _export_entry(entry: Entry, stored: "StoredTensors", writer: HfWriter) -> None:
+def _lengthened(entry: Entry, tensors: list[Tensor], more_vocab: int) -> list[Tensor]:
+    """A vocabulary with `more_vocab` rows behind it: their logits are means, which never exceed all others."""
+    if entry.tp != "vocab" or not more_vocab:
+        return tensors
+    means = (tensor.mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype) for tensor in tensors)
+    return [
+        torch.cat([tensor, mean.expand(more_vocab, *tensor.shape[1:])])
+        for tensor, mean in zip(tensors, means, strict=True)
+    ]
+
+
+def _export_entry(entry: Entry, stored: "StoredTensors", writer: HfWriter, more_vocab: int) -> None:
     """A function of its own so that its tensors are gone before the next one is read."""
-    for name, tensor in zip(entry.hf, entry.unpack(stored.read(entry.name)), strict=True):
+    tensors = _lengthened(entry, entry.unpack(stored.read(entry.name)), more_vocab)
+    for name, tensor in zip(entry.hf, tensors, strict=True):
         writer.write(name, tensor)

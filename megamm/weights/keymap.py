@@ -8,7 +8,7 @@ only: no model, no file.
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -290,26 +290,25 @@ def match(
     tables: Mapping[str, KeyMap],
     parts: Sequence[Iterable[str]] = (),
     new: tuple[str, ...] = (),
-    copied: Collection[str] = (),
 ) -> str:
     """The one dialect of `tables` in which these Hugging Face names are written.
 
     A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. The names of `parts`,
     each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` (`{i}`: any number)
-    may be lacking, but only all of them together, and those of `copied` each by itself. CheckpointError: none or
-    several match; the message lists what is left over and what is missing in the nearest dialect.
+    may be lacking, but of each of these only all together. CheckpointError: none or several match; the message lists
+    what is left over and what is missing in the nearest dialect.
     """
     release = set(names)
-    is_new = re.compile("|".join(r"\d+".join(map(re.escape, start.split("{i}"))) for start in new) or "(?!)")
+    beginnings = [re.compile(r"\d+".join(map(re.escape, beginning.split("{i}")))) for beginning in new]
     faults: dict[str, tuple[list[str], list[str]]] = {}
     for dialect, table in tables.items():
         found = set(table.spelt(release))
         for part in parts:
             found |= fill(found, part, table).keys()
-        entries = table.entries()
-        groups = [{key for entry in entries if is_new.match(entry.name) for key in entry.hf}]
-        groups += [set(entry.hf) for entry in entries if entry.name in copied]
-        needed = table.hf_names.difference(*(group for group in groups if not group & found))
+        needed = set(table.hf_names)
+        for beginning in beginnings:
+            optional = {key for entry in table.entries() if beginning.match(entry.name) for key in entry.hf}
+            needed -= optional if not optional & found else set()
         unknown = found - table.hf_names
         faults[dialect] = (sorted(unknown - table.kept(unknown).keys()), sorted(needed - found))
     matching = [dialect for dialect, (left_over, missing) in faults.items() if not left_over and not missing]

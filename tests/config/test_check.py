@@ -26,6 +26,7 @@ def sound(**changes: Any) -> Config:
 
 def test_a_sound_configuration_passes() -> None:
     assert not find_problems(sound(), 8)
+    assert not find_problems(sound(train__freeze=("vision[:12]", "llm[:2]")), 8)
     changes = {"train__freeze": ("vision", "llm"), "train__eval_every_steps": 5, "data__eval_path": "data/y"}
     assert not find_problems(sound(**changes), 4)
 
@@ -54,6 +55,7 @@ def test_a_sound_configuration_passes() -> None:
         ({"train__freeze": ("tower",)}, "train.freeze=tower must be any of vision, projector, llm, words"),
         ({"loss__lm_weight": 0.0, "loss__vm_weight": 0.0}, "leaves nothing to minimise"),
         ({"loss__vm_weight": -1.0}, "loss.vm_weight=-1.0 must be 0 or above"),
+        ({"train__freeze": ("vision[:0]", "projector[:2]")}, "train.freeze=vision[:0], projector[:2] must be any of"),
         ({"train__eval_every_steps": 10}, "train.eval_every_steps=10 needs data.eval_path"),
         (
             {"data__group_by_modality_length": True, "data__shuffle": False},

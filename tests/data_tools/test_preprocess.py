@@ -242,3 +242,24 @@ def test_every_real_photograph_decodes(script, inputs, tmp_path):
     for i in first_with.values():
         sample = dataset[i]
         assert sample.num_images == 1 and sample.pixels_I3HW.std() > 0.05
+
+
+def test_a_family_with_placeholders_says_what_stands_for_a_picture(script, inputs, tmp_path):
+    tokenizer = tmp_path / "byte_bpe"
+    tokenizer.mkdir()
+    shutil.copy(MODEL.with_name("byte_bpe_457.json"), tokenizer / "tokenizer.json")
+    special = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    added = {str(457 + i): {"content": token} | special for i, token in enumerate(("<|im_start|>", "<|im_end|>"))}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "added_tokens_decoder": added}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    inputs |= {"family": "mplug_owl3", "tokenizer": tokenizer, "tile_size": 8, "max_views": 6, "max_bad": 0.9}
+    script.main(script.Options(**inputs, cut="single", view_text="v3"))
+    reader = Reader(inputs["output"])
+    assert len(reader.info["placeholder"]) > 1 and "<image>" not in str(reader.info)
+    assert reader.info["views"] == {"cut": "single", "text": "v3", "tile_size": 8, "max_frames": 16, "max_views": 6}
+    assert reader.info["skipped"]["too_many_views"] + len(reader) == 40 and reader.info["images"] > len(reader)
+    dataset = Dataset(inputs["output"], ImageFormat(size=8, mean=(0.5,) * 3, std=(0.5,) * 3, aspect="square",
+                                                    resize="squash", tokens=4), 10**4)  # fmt: skip
+    assert dataset[0].num_images == reader.num_images[0] > 1
+    with pytest.raises(DataError, match="--tile-size: 0"):
+        script.main(script.Options(**inputs | {"tile_size": 0}))

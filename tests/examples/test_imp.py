@@ -11,12 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -25,6 +23,7 @@ from megamm.config.check import find_problems
 from megamm.config.load import load_recipe
 from megamm.models import imp
 from megamm.models.build import units
+from megamm.testing.tiny import tiny_byte_tokenizer
 from megamm.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -80,18 +79,6 @@ def test_a_dry_run_needs_no_weights(
     assert "8 ranks" in capsys.readouterr().out
 
 
-def byte_tokenizer(directory: Path, *special: str) -> None:
-    """A tokenizer of single bytes, as those of GPT-2's line without merges; its own end token is <|endoftext|>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, unk_token=end)
-    fast.add_special_tokens({"additional_special_tokens": list(special)})
-    fast.save_pretrained(directory)
-
-
 LLMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "phi2": ("phi", {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5}, ()),
     "qwen1_5": ("qwen2", {"num_key_value_heads": 2}, ("<|im_start|>", "<|im_end|>")),
@@ -115,7 +102,7 @@ def inputs(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Path]:
     (folder / "pretrain.json").write_text(json.dumps([item for item in items if "image" in item]))
     (folder / "sft.json").write_text(json.dumps(items))
     model_type, more, special = LLMS[request.param]
-    byte_tokenizer(llm, *special)
+    tiny_byte_tokenizer(llm, *special)
     sizes = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, vocab_size=300, max_position_embeddings=512, **sizes, **more)

@@ -143,6 +143,13 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
 
 
 def run(inputs: dict[str, Path], *options: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    return run_script(FOLDER, inputs, *options, processes=processes)
+
+
+def run_script(
+    folder: Path, inputs: dict[str, Path], *options: str, processes: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """The run.sh of that folder of examples."""
     words = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
     environment = {
         **os.environ,
@@ -151,7 +158,7 @@ def run(inputs: dict[str, Path], *options: str, processes: int = 1) -> subproces
         "OMP_NUM_THREADS": "1",
         "PROCESSES": str(processes),
     }
-    command = ["bash", str(FOLDER / "run.sh"), *words, *options]
+    command = ["bash", str(folder / "run.sh"), *words, *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
 
 

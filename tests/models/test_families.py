@@ -1,6 +1,7 @@
 """The lower rungs of the ladder for every reference variant: configuration, key names, sizes, bit-exact round trip."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from megamm import backend
 from megamm.config.schema import Parallel
+from megamm.errors import CheckpointError
 from megamm.models.build import build_stages, units
 from megamm.models.parameters import canonical_parameters
 from megamm.models.spec import Build
@@ -57,7 +59,8 @@ def test_units_count_the_parameters_of_the_table(variant):
     counted: dict[str, int] = {}
     for entry in checkpoint.table.entries():
         words = entry.name.split(".")
-        unit = f"{words[0]}.layer.{words[3]}" if "layers" in words else words[0]
+        unit = f"{words[0]}.layer.{words[3]}" if "layers" in words and words[0] != "projector" else words[0]
+        unit = f"vision.layer.{checkpoint.options.vision.num_layers - 1}" if words[1] == "post_norm" else unit
         unit = "llm.embed" if words[1] == "embedding" else unit
         unit = "llm.head" if words[1] == "output_layer" or words[2:3] == ["final_layernorm"] else unit
         unit = "vision.embed" if unit == "vision" else unit
@@ -91,3 +94,25 @@ def test_table_and_model_are_the_same_list(variant, tp, pp, pool):
             cut = [dim for dim, (local, full) in enumerate(zip(shape, whole[name], strict=True)) if local != full]
             assert cut == [dim for dim in [table[name].partition_dim] if dim is not None], name
             assert all(shape[dim] * tp == whole[name][dim] for dim in cut), name
+
+
+def test_transformers_spelling_is_llavas_own(golden):
+    """Other families write it, too; a model that all could be is the one's whose spelling it is."""
+    config = json.loads((golden / "llava/hf_native/hf/config.json").read_text())
+    able = [name for name, family in FAMILIES.items() if name != "llava" and reads(family, config)]
+    assert able, "the model is no other family's, so the test says nothing"
+    assert open_hf(golden / "llava/hf_native/hf", None, list(FAMILIES.values())).info.family == "llava"
+
+
+def test_a_model_that_is_nobodys_own_asks_for_a_family(golden):
+    twins = [replace(FAMILIES["llava"], name=name, export_dialect="original") for name in ("one", "two")]
+    with pytest.raises(CheckpointError, match="fits more than one family: one, two. Say which with --family"):
+        open_hf(golden / "llava/hf_native/hf", None, twins)
+
+
+def reads(family, config):
+    """Whether a family can be what this config.json says."""
+    try:
+        return family.read(config, None) is not None
+    except CheckpointError:
+        return False

@@ -130,7 +130,7 @@ def test_a_tower_that_contradicts_the_config_is_refused():
 @pytest.mark.parametrize("name", ["gemma", "openelm"])
 def test_decoders_that_megamm_has_not_are_refused_by_name(name):
     with pytest.raises(CheckpointError, match=f"(?i)the llm's config.json: megamm does not support {name}"):
-        imp.compose({"model_type": name}, TOWER)
+        imp.FAMILY.compose({"model_type": name}, TOWER)
 
 
 def test_what_a_dialect_cannot_hold_is_refused():
@@ -150,7 +150,7 @@ def plain_llm(variant, directory):
     source = GOLDEN / "imp" / variant / "hf"
     options = imp.read(json.loads((source / "config.json").read_text()))
     directory.mkdir()
-    config = imp._PARTS.llm(options.llm).to_hf(options.llm, {})
+    config = imp.PARTS.llm(options.llm).to_hf(options.llm, {})
     (directory / "config.json").write_text(json.dumps(config))
     tensors = load_file(source / "model.safetensors")
     parts = ("model.vision_tower", "model.mm_projector")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from megamm import backend
@@ -19,23 +20,19 @@ from megamm.parallel import groups
 from megamm.parallel.placement import auto_layout
 from megamm.registry import FAMILIES
 from megamm.verify import Request, compare, verify
-from megamm.weights.convert import export_hf, import_hf, open_hf, open_start, write_checkpoint
+from megamm.weights.convert import export_hf, import_hf, open_hf, open_start, with_image_size, write_checkpoint
 from megamm.weights.hf import read_config
 
 VARIANT = "mplug_owl2/llama"
 CASES = ("one_image", "two_images", "mixed_batch", "text_only", "video_slot")
 LAYOUTS = [
-    dict(),
-    dict(tp=2, sequence_parallel=True),
+    dict(tp=2),
     dict(tp=2, sequence_parallel=True, recompute="full"),
-    dict(pp=2),
     dict(pp=2, layout="Vv|vPEtttL", recompute="full"),
-    dict(tp=2, pp=2, sequence_parallel=True),
     dict(tp=2, pp=2, layout="V|v|vPEt|ttL", sequence_parallel=True),
-    dict(tp=4, sequence_parallel=True),
-    dict(pp=4),
     dict(dp=2),
 ]
+"""Beside those that every family's variants climb."""
 
 
 @pytest.fixture
@@ -280,6 +277,41 @@ def test_a_start_copies_the_text_way_to_the_visual_way(plain_parts, tmp_path):
             assert torch.equal(found[name], whole[name.replace("multiway.1", "multiway.0")]), name
     again = open_hf(tmp_path / "hf", None, list(FAMILIES.values()))
     assert (again.info.family, again.options.projector.ffn_size) == ("mplug_owl2", 176)
+
+
+def test_a_model_for_pictures_of_another_size(golden, tmp_path):
+    checkpoint = open_hf(golden / VARIANT / "hf", None, [mplug_owl2.FAMILY])
+    larger = with_image_size(checkpoint, 84)
+    assert (larger.options.vision.num_positions, larger.options.projector) == (37, checkpoint.options.projector)
+    write_checkpoint(larger, tmp_path / "larger", golden / VARIANT / "hf")
+    export_hf(tmp_path / "larger", mplug_owl2.FAMILY, tmp_path / "hf")
+    visual = read_config(tmp_path / "hf")["visual_config"]
+    assert (visual["visual_model"]["image_size"], visual["visual_abstractor"]["grid_size"]) == (84, 6)
+    before, after = load_file(golden / VARIANT / "hf/model.safetensors"), load_file(tmp_path / "hf/model.safetensors")
+    key = "model.vision_model.embeddings.position_embedding"
+    old, new = before.pop(key)[0], after.pop(key)[0]
+    assert torch.equal(new[0], old[0])
+    # As the authors' get_abs_pos does it.
+    square = old[1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    expected = F.interpolate(square, size=(6, 6), mode="bicubic", align_corners=False)
+    assert torch.equal(new[1:], expected.permute(0, 2, 3, 1).flatten(0, 2))
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    assert before.keys() - after.keys() == {name for name in before if "inv_freq" in name}
+    for size, message in ((60, "60 is no multiple of 14"), (0, "0 is no multiple")):
+        with pytest.raises(CheckpointError, match=message):
+            with_image_size(checkpoint, size)
+    native = open_hf(golden / "llava/hf_native/hf", None, [FAMILIES["llava"]])
+    with pytest.raises(CheckpointError, match="the pictures of family llava have the size"):
+        with_image_size(native, 84)
+
+
+def test_a_start_for_larger_pictures(plain_parts):
+    llm, tower, whole = plain_parts
+    start = with_image_size(open_start(llm, tower, mplug_owl2.FAMILY, seed=5), 112)
+    assert start.load("vision.position_embedding").shape == start.metas()["vision.position_embedding"].shape == (65, 64)
+    assert start.info.tower_config is None and start.options.vision.image_size == 112
+    found = start.load("llm.decoder.layers.0.input_layernorm.1.weight")
+    assert torch.equal(found, whole["model.layers.0.input_layernorm.multiway.0.weight"])
 
 
 def test_a_tower_for_another_size_of_pictures_is_refused(plain_parts, hf_config):

@@ -1,11 +1,15 @@
 """Both resamplers against the formulas of the authors' code, outputs and gradients, with tensor parallelism."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from megamm import backend
-from megamm.config.schema import Parallel
+from megamm.config.schema import Checkpoint, Config, Data, Model, Optim, Parallel, Train
 from megamm.errors import CheckpointError
 from megamm.models.build import units
 from megamm.models.options import ProjectorOptions
@@ -16,7 +20,11 @@ from megamm.parallel import groups
 from megamm.parallel.groups import gather_over_tp
 from megamm.parallel.placement import Layout, Unit
 from megamm.registry import family
+from megamm.testing.data import random_dataset
+from megamm.weights.convert import export_hf, import_hf
+from megamm.weights.draw import draw
 from megamm.weights.hf import read_config
+from tests.training import jobs
 
 IN, OUT = 20, 32
 CONFIG = {"resampler_hidden_size": 48, "num_queries": 6, "num_resampler_layers": 2}
@@ -143,3 +151,45 @@ def test_a_width_that_its_heads_do_not_divide_is_refused():
         published.read(
             {"resampler_hidden_size": 50, "t": "resampler"}, "t", "linear", ("resampler",), in_size=8, out_size=8
         )
+
+
+@pytest.mark.parametrize(
+    ("variant", "field"), [("tinyllama", "mm_projector_type"), ("factory_qwen2", "connector_type")]
+)
+def test_a_model_with_a_resampler_trains_the_same_at_every_layout(variant, field, golden, pool, tmp_path):
+    """Written as a release, imported, trained on one rank and on more, with the resampler alone on a stage, too."""
+    hf = golden / "tinyllava" / variant / "hf"
+    sizes = {"num_queries": 7, "num_resampler_layers": 2, "resampler_hidden_size": 24}
+    config = read_config(hf) | sizes | {field: "resampler"}
+    tower = hf / "vision_tower" if (hf / "vision_tower").exists() else None
+    options = family("tinyllava").read(config, read_config(tower) if tower else None)
+    table = family("tinyllava").keys["original" if tower else "factory"](options)
+    release = {name: tensor for name, tensor in load_file(hf / "model.safetensors").items() if "ector" not in name}
+    for entry in table.entries():
+        if entry.name.startswith("projector."):
+            whole = draw(entry.name, entry.shape, 3)
+            release |= {key: t.contiguous() for key, t in zip(entry.hf, entry.unpack(whole), strict=True)}
+    (tmp_path / "hf").mkdir()
+    save_file(release, tmp_path / "hf/model.safetensors")
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    import_hf(tmp_path / "hf", tower, [family("tinyllava")], tmp_path / "start")
+    random_dataset(tmp_path / "data", num_samples=12, vocab_size=120, family="tinyllava")
+    run = Config(
+        model=Model(family="tinyllava", pretrained=str(tmp_path / "start")),
+        data=Data(path=str(tmp_path / "data"), max_tokens=40, num_workers=0),
+        optim=Optim(lr=3e-3),
+        train=Train(global_batch=4, micro_batch=2, steps=4, precision="fp32"),
+        checkpoint=Checkpoint(dir=str(tmp_path / "one")),
+    )
+    [expected] = pool.run(jobs.train, run, ranks=1)
+    assert expected[-1]["loss"] < expected[0]["loss"]
+    for k, parallel in enumerate(
+        (Parallel(tp=2, pp=2, sequence_parallel=True), Parallel(pp=3, layout="Vvvvv|P|EtttL"))
+    ):
+        there = replace(run, parallel=parallel, checkpoint=Checkpoint(dir=str(tmp_path / f"more{k}")))
+        found = pool.run(jobs.train, there, ranks=parallel.tp * parallel.pp)[0]
+        for a, b in zip(found, expected, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    export_hf(tmp_path / "one", family("tinyllava"), tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors").keys() == release.keys()

@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megamm import backend
 from megamm.config.schema import Config
 from megamm.models.build import build_stages
-from megamm.models.parameters import draw
+from megamm.models.parameters import canonical_parameters, draw, freeze
 from megamm.parallel import groups
 from megamm.training import loop
 from megamm.training.loop import run
@@ -78,6 +78,24 @@ def backward_messages(config: Config) -> list[int]:
     finally:
         P2PCommunicator._communicate = communicate
     return sent
+
+
+def gradients(config: Config) -> dict[str, torch.Tensor | None]:
+    """One micro-batch of a run without tensor parallelism -> the gradient of every parameter of this rank; None: it is
+    not trained."""
+    found = plan(config, groups.world_size())
+    backend.start("cpu")
+    groups.start_distributed()
+    ranks = groups.start(config.parallel, found.layout, config.train.seed)
+    table = found.family.keys[found.info.dialect](found.options)
+    stages = build_stages(found.options, found.build(config), table)
+    draw(stages, table, config.train.seed)
+    freeze(stages, config.train.freeze)
+    wrapped = wrap(stages, distributed_optimizer=False)
+    for stage in wrapped:
+        stage.zero_grad_buffer()
+    run_pipeline(wrapped, next(iter(loop.train_loader(config, found, ranks)))[:1])
+    return {name: getattr(p, "main_grad", None) for name, p in canonical_parameters(stages)}
 
 
 def repeat(config: Config, times: int) -> list[tuple[float, float]]:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megamm.config.frozen import is_frozen
 from megamm.config.schema import PARTS, Checkpoint, Config, Data, Model, Optim, Parallel, Train
+from megamm.models.parameters import unit_of
 from megamm.registry import family
 from megamm.testing.data import random_dataset
 from megamm.weights.convert import export_hf, import_hf
@@ -93,7 +95,10 @@ def test_recomputation_changes_nothing(config, reference, pool, tmp_path):
     assert_same(lines, reference[1])
 
 
-@pytest.mark.parametrize("freeze", [("vision",), ("vision", "llm"), ("llm",), ("vision", "projector")])
+@pytest.mark.parametrize(
+    "freeze",
+    [("vision",), ("vision", "llm"), ("llm",), ("vision", "projector"), ("vision[:2]",), ("vision[:1]", "llm[:2]")],
+)
 def test_frozen_parts_stay_as_they_are(freeze, config, pool, tmp_path):
     """At every layout the same losses, and the frozen tensors of the last checkpoint are those of the first."""
     short = dataclasses.replace(
@@ -112,7 +117,7 @@ def test_frozen_parts_stay_as_they_are(freeze, config, pool, tmp_path):
         part = name.split(".")[0]
         if part in PARTS:
             is_same = torch.equal(first.read(name), last.read(name))
-            assert is_same == (part in freeze), name
+            assert is_same == is_frozen(unit_of(name), freeze), name
 
 
 @pytest.mark.parametrize("micro_batch", [2, 4])
@@ -148,6 +153,29 @@ def test_behind_frozen_parts_no_gradient_is_computed_or_sent(config, pool, tmp_p
     assert sent == [[], [1] * 8]
     sent = pool.run(jobs.backward_messages, at(short, tmp_path / "trained", layout), ranks=2)
     assert len(sent[1]) == 8 and min(sent[1]) > 100
+    for cut, is_needed in (("Vvv|vPEtttL", False), ("Vvvv|PEtttL", True)):
+        part = at(short, tmp_path / cut, Parallel(pp=2, layout=cut), freeze=("vision[:2]",))
+        sent = pool.run(jobs.backward_messages, part, ranks=2)
+        assert len(sent[1]) == 8 and (min(sent[1]) > 100 if is_needed else set(sent[1]) == {1})
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("cut", ["VvvvPEtttL", "Vv|vvPEtttL", "Vvv|vPEtttL", "Vvvv|PEtttL"])
+def test_layers_behind_a_frozen_beginning_get_the_gradients_they_would_get(cut, recompute, config, pool, tmp_path):
+    """The tower trained from its layer 2, cut in front of, at and behind that layer."""
+    ranks = cut.count("|") + 1
+    parallel = Parallel(pp=ranks, layout=cut)
+    run = at(config, tmp_path, parallel, recompute=recompute)
+    [expected] = pool.run(jobs.gradients, at(config, tmp_path), ranks=1)
+    frozen = dataclasses.replace(run, train=dataclasses.replace(run.train, freeze=("vision[:2]",)))
+    found = {name: grad for rank in pool.run(jobs.gradients, frozen, ranks=ranks) for name, grad in rank.items()}
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        if is_frozen(unit_of(name), ("vision[:2]",)):
+            assert grad is None, name
+        else:
+            torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert sum(grad is None for grad in found.values()) == 12 * 2 + 5
 
 
 def test_a_run_with_several_gradient_buckets_is_saved_and_goes_on(config, reference, pool, tmp_path):

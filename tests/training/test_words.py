@@ -129,3 +129,13 @@ def test_what_a_model_has_not_cannot_be_chosen(name, freeze, loss, message, conf
     wrong.data.path = str(Path(wrong.data.path).with_name("absent"))
     with pytest.raises(ConfigError, match=message):
         plan(dataclasses.replace(wrong), 1, needs_files=False)
+
+
+@pytest.mark.parametrize("loss", [Loss(), Loss(detach_teacher=True)], ids=["both move", "teacher stays"])
+def test_gradients_that_are_reduced_while_others_are_computed_are_whole(loss, config, pool, tmp_path):
+    """Every weight is ready once a pass, however many chunks used it, or none: two replicas, several buckets."""
+    options = config("vw_lmm_pif", loss=loss)
+    lines = pool.run(jobs.train, at(options, tmp_path / "one"), ranks=1)[0]
+    found, buckets = pool.run(jobs.train_in_buckets, at(options, tmp_path / "four", Parallel(pp=2)), ranks=4)[0]
+    assert buckets > 2
+    assert_same_terms(found, lines)

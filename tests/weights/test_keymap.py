@@ -139,10 +139,12 @@ def test_of_two_spellings_of_one_name_the_second_is_left_over():
 
 
 def test_what_is_new_may_be_missing_but_only_whole():
-    new = ("norm", "embed")
-    assert match(TABLE.hf_names - {"model.norm", "model.embed.weight"}, {"only": TABLE}, (), new) == "only"
-    with pytest.raises(CheckpointError, match="missing: model.norm\n"):
-        match(TABLE.hf_names - {"model.norm"}, {"only": TABLE}, (), new)
+    new = ("norm", "layers.")
+    layers = {key for key in TABLE.hf_names if "layers" in key}
+    for absent in ({"model.norm"}, layers, layers | {"model.norm"}):
+        assert match(TABLE.hf_names - absent, {"only": TABLE}, (), new) == "only"
+    with pytest.raises(CheckpointError, match="missing: model.layers.1.up\n"):
+        match(TABLE.hf_names - {"model.layers.1.up"}, {"only": TABLE}, (), new)
 
 
 def test_the_shapes_of_a_release_follow_from_ours():

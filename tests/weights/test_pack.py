@@ -32,7 +32,30 @@ def test_cat2_puts_the_first_before_the_second():
     assert packed.tolist() == [[0] * 3] * 2 + [[1] * 3] * 2
 
 
-@pytest.mark.parametrize("name", PACKINGS)
+def test_kv_puts_each_groups_value_behind_its_key():
+    sizes = Dims(heads=4, groups=2)
+    packed = PACKINGS["kv"].pack([torch.arange(6), 100 + torch.arange(6)], sizes)
+    assert packed.tolist() == [0, 1, 2, 100, 101, 102, 3, 4, 5, 103, 104, 105]
+    assert [tensor.tolist() for tensor in PACKINGS["kv"].unpack(packed, sizes)] == [
+        list(range(6)),
+        list(range(100, 106)),
+    ]
+    with pytest.raises(ValueError, match="do not fit 2 key/value groups"):
+        PACKINGS["kv"].pack([torch.zeros(5), torch.zeros(5)], sizes)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("lead1", (1, 2, 3)), ("lead2", (1, 1, 2, 3))])
+def test_leading_ones_are_left_out(name, shape):
+    whole = torch.arange(6).view(shape)
+    packed = PACKINGS[name].pack([whole], Dims())
+    assert torch.equal(packed, torch.arange(6).view(2, 3))
+    assert torch.equal(PACKINGS[name].unpack(packed, Dims())[0], whole)
+    assert PACKINGS[name].pack([whole.to("meta")], Dims()).shape == (2, 3)
+    with pytest.raises(ValueError, match="must be 1"):
+        PACKINGS[name].pack([torch.zeros(2, 2, 3)], Dims())
+
+
+@pytest.mark.parametrize("name", [name for name in PACKINGS if not name.startswith("lead")])
 def test_shapes_are_told_without_data(name):
     packing = PACKINGS[name]
     sizes = Dims(heads=2, groups=2)

@@ -51,6 +51,10 @@ CUTS = {
         2: ["Vv|vvvPEtttL", "Vvvvv|PEtttL", "Vv|vvvPE|t|ttL"],
         4: ["V|vvv|vPEt|ttL", "Vvvvv|PE|tt|tL"],
     },
+    "mplug_owl3": {
+        2: ["Vv|vPEttttL", "Vvv|PEttttL", "Vv|vPE|t|tttL"],
+        4: ["V|v|vPEtt|ttL", "VvvPEtt|t|t|L"],
+    },
 }
 """Unusual cuts by family and pp: inside the tower, the tower alone, virtual stages."""
 

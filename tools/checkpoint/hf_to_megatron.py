@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 from megamm import registry
 from megamm.errors import ConfigError, MegammError
-from megamm.weights.convert import HfCheckpoint, open_hf, open_start, write_checkpoint
+from megamm.weights.convert import HfCheckpoint, open_hf, open_start, with_image_size, write_checkpoint
 
 
 def hf_to_megatron(
@@ -20,6 +20,7 @@ def hf_to_megatron(
     tower: Path | None = None,
     llm: Path | None = None,
     seed: int = 0,
+    image_size: int | None = None,
 ) -> None:
     """Write a megamm checkpoint, one tensor in memory, dtypes as they are.
 
@@ -29,17 +30,19 @@ def hf_to_megatron(
     Args:
         output: Directory to write; must not exist yet, or be empty.
         hf: Directory of a checkpoint: config.json and safetensors or .bin files, single or sharded. With --llm: one
-            that holds only a projector, such as mm_projector.bin.
+            that holds only a projector, such as mm_projector.bin, or only a config.json that says what the model is.
         family: Family of the model. By default the only one whose configuration and key names fit.
         tower: Directory of a separately published vision tower; fills only the tensors that `hf` lacks.
         llm: Directory of a plain decoder; its tokenizer becomes the model's.
+        image_size: Side of the pictures in pixels, where it shall be another than the tower was made for: its positions
+            are interpolated. mPLUG-Owl2 only, which is pretrained with small pictures and tuned with large ones.
         seed: What is drawn depends on this and on the tensors' names alone.
     """
     if llm is None:
         if hf is None:
             raise ConfigError(["give --hf for a whole model, or --llm, --tower and --family for the start of one"])
         families = [registry.family(family)] if family else list(registry.FAMILIES.values())
-        found = open_hf(hf, tower, families)
+        found = _sized(open_hf(hf, tower, families), image_size)
         write_checkpoint(found, output, hf)
         for name, other in found.duplicated.items():
             print(f"{output}: {name} is absent and duplicated from {other}")
@@ -47,10 +50,14 @@ def hf_to_megatron(
         return
     if tower is None or family is None:
         raise ConfigError(["--llm needs --tower and --family: a start is made of an llm and a vision tower"])
-    start = open_start(llm, tower, registry.family(family), seed, hf)
+    start = _sized(open_start(llm, tower, registry.family(family), seed, hf), image_size)
     write_checkpoint(start, output, llm, tower)
     Console().print(origins(start))
     print(f"{output}: a start of family {family}, seed {seed}")
+
+
+def _sized(checkpoint: HfCheckpoint, image_size: int | None) -> HfCheckpoint:
+    return checkpoint if image_size is None else with_image_size(checkpoint, image_size)
 
 
 def origins(start: HfCheckpoint) -> Table:

@@ -5,22 +5,22 @@ from pathlib import Path
 
 import tyro
 
-from megamm import registry
 from megamm.errors import MegammError
-from megamm.weights.convert import export_hf
-from megamm.weights.directory import find_checkpoint, read_info
+from megamm.release import export
+from megamm.weights.directory import find_checkpoint
 
 
-def megatron_to_hf(checkpoint: Path, output: Path, dialect: str | None = None) -> None:
+def megatron_to_hf(checkpoint: Path, output: Path, dialect: str | None = None, template: str | None = None) -> None:
     """Export a megamm checkpoint to a Hugging Face directory, one tensor in memory, dtypes as they are.
 
     Args:
         checkpoint: Directory of a checkpoint, or of a run, whose newest checkpoint is taken.
         output: Directory to write; must not exist yet, or be empty.
-        dialect: How to spell the keys. By default as in the checkpoint that was imported.
+        dialect: How to spell the keys. By default as in the checkpoint that was imported. `hf`: transformers' own.
+        template: Conversation template of an `hf` export that had none. By default the family's.
     """
     found = find_checkpoint(checkpoint)
-    written = export_hf(found, registry.family(read_info(found).family), output, dialect)
+    written = export(found, output, dialect, template)
     print(f"{output}: exported from {found} in dialect {written}")
 
 

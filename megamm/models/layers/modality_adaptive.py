@@ -39,7 +39,7 @@ class ModalityAdaptiveNorm(MegatronModule):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, norm: type, eps: float = 1e-5):
         super().__init__(config=config)
-        self.is_visual: Tensor | None = None
+        self.is_visual: Tensor
         for way in range(len(WAYS)):
             self.add_module(str(way), norm(config=config, hidden_size=hidden_size, eps=eps))
 
@@ -50,7 +50,8 @@ class ModalityAdaptiveNorm(MegatronModule):
 
 
 class ModalityAdaptiveAttention(Attention):
-    """Self-attention whose keys and values come from one of two linears, token by token."""
+    """Self-attention whose keys and values come from one of two linears, token by token. `is_visual` is set before
+    every call, for the whole sequence."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class ModalityAdaptiveAttention(Attention):
             cp_comm_type=cp_comm_type,
             pg_collection=pg_collection,
         )
-        self.is_visual: Tensor | None = None
+        self.is_visual: Tensor
         self.q_layernorm = self.k_layernorm = None  # megatron-core's forward asks for them
         common: dict[str, Any] = dict(
             config=config,

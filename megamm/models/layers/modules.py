@@ -17,7 +17,7 @@ class Modules(MegatronModule):
             self.add_module(str(i), module)
 
     def __iter__(self) -> Iterator[Module]:
-        return iter(self._modules.values())  # type: ignore[arg-type]  # none of them is None
+        return self.children()
 
     def __len__(self) -> int:
         return len(self._modules)

@@ -7,6 +7,7 @@ holds its columns of the rows of one chunk at a time, never a whole vocabulary, 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,7 +147,7 @@ def vocabulary_log_softmax(logits_KV: Tensor) -> Tensor:
 
 class _VocabularyLogSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, logits_KV: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_KV: Tensor) -> Tensor:
         group = parallel_state.get_tensor_model_parallel_group()
         highest_K1 = logits_KV.amax(-1, keepdim=True)
         dist.all_reduce(highest_K1, dist.ReduceOp.MAX, group=group)
@@ -158,7 +159,7 @@ class _VocabularyLogSoftmax(torch.autograd.Function):
         return log_KV
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (log_KV,) = ctx.saved_tensors
         total_K1 = grads[0].sum(-1, keepdim=True)
         dist.all_reduce(total_K1, group=parallel_state.get_tensor_model_parallel_group())
