@@ -5,6 +5,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,20 +58,14 @@ def audit(
     `advance` is told the bytes of the source and the samples that have been done since.
     """
     ids = array("q")
-    for path, form in source.files:
-        broken: list[DataError] = []
-        tasks = ((form, piece, recipe) for piece in _until_broken(source.pieces_of(path, form), broken))
-        for (_, piece, _), future in in_order(pool, _look_at, tasks):
-            looked = future.result()
-            found.num_samples += looked.num_samples
-            found.num_images += looked.num_images
-            found.bad.update(bad.reason for bad in looked.bad)
-            ids.extend(looked.ids)
-            yield from looked.bad
-            advance(piece.size, looked.num_samples)
-        for error in broken:
-            found.bad["bad_file"] += 1
-            yield _bad_file(str(path), error)
+    for task, future in in_order(pool, _look_at, _tasks(source, recipe)):
+        looked = future.result()
+        found.num_samples += looked.num_samples
+        found.num_images += looked.num_images
+        found.bad.update(bad.reason for bad in looked.bad)
+        ids.extend(looked.ids)
+        yield from looked.bad
+        advance(task.piece.size if isinstance(task.piece, Piece) else 0, looked.num_samples)
     found.num_duplicate_ids = len(ids) - len(np.unique(np.frombuffer(ids, np.int64))) if ids else 0
 
 
@@ -82,11 +77,30 @@ class _Looked:
     ids: list[int] = field(default_factory=list)
 
 
-def _look_at(task: tuple[str, Piece, Recipe]) -> _Looked:
-    form, piece, recipe = task
-    looked, prepare = _Looked(), preparer(recipe)
+@dataclass(frozen=True, slots=True)
+class _Task:
+    path: Path
+    form: str
+    piece: Piece | DataError
+    """Or why there is no further one in the file."""
+    recipe: Recipe
+
+
+def _tasks(source: Source, recipe: Recipe) -> Iterator[_Task]:
+    for path, form in source.files:
+        try:
+            for piece in source.pieces_of(path, form):
+                yield _Task(path, form, piece, recipe)
+        except DataError as error:
+            yield _Task(path, form, error, recipe)
+
+
+def _look_at(task: _Task) -> _Looked:
+    looked, prepare = _Looked(), preparer(task.recipe)
     try:
-        for record in read_piece(form, piece):
+        if isinstance(task.piece, DataError):
+            raise task.piece
+        for record in read_piece(task.form, task.piece):
             looked.num_samples += 1
             if isinstance(record, Record) and record.id:
                 digest = hashlib.blake2b(record.id.encode(errors="surrogatepass"), digest_size=8).digest()
@@ -98,15 +112,8 @@ def _look_at(task: tuple[str, Piece, Recipe]) -> _Looked:
             else:
                 looked.num_images += sum(image is not None for image in result.images)
     except DataError as error:
-        looked.bad.append(_bad_file(str(piece.path), error))
+        looked.bad.append(_bad_file(str(task.path), error))
     return looked
-
-
-def _until_broken(pieces: Iterator[Piece], broken: list[DataError]) -> Iterator[Piece]:
-    try:
-        yield from pieces
-    except DataError as error:
-        broken.append(error)
 
 
 def _bad_file(path: str, error: DataError) -> Bad:

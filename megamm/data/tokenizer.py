@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ class Tokenizer:
     def encode_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids [T] without `bos_id`, and first and last + 1 character [T] of each token; int32, not decreasing."""
         encoding = self._backend.encode(text, add_special_tokens=False)
-        offsets = np.asarray(encoding.offsets, dtype=np.int32).reshape(-1, 2)
-        return np.asarray(encoding.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1]
+        ids, pairs = encoding.ids, encoding.offsets
+        # fromiter: asarray looks at every tuple for its length, and takes twice as long as all the rest.
+        offsets = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * len(ids)).reshape(-1, 2)
+        return np.fromiter(ids, np.int32, len(ids)), offsets[:, 0], offsets[:, 1]
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens written out."""
