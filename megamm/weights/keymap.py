@@ -295,7 +295,7 @@ def match(
 
     A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. The names of `parts`,
     each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` (`{i}`: any number)
-    may be lacking, but of each of these only all together, and those of `copied` each by itself. CheckpointError: none
+    may be lacking, but of each of these only all together. CheckpointError: none
     or several match; the message lists what is left over and what is missing in the nearest dialect.
     """
     release = set(names)
@@ -307,7 +307,6 @@ def match(
             found |= fill(found, part, table).keys()
         entries = table.entries()
         groups = [{key for entry in entries if start.match(entry.name) for key in entry.hf} for start in beginnings]
-        groups += [set(entry.hf) for entry in entries if entry.name in copied]
         needed = table.hf_names.difference(*(group for group in groups if not group & found))
         unknown = found - table.hf_names
         faults[dialect] = (sorted(unknown - table.kept(unknown).keys()), sorted(needed - found))
