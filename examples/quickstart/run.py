@@ -31,7 +31,7 @@ def commands(run: str, family: str) -> list[str]:
             f" --model.family {family} --model.pretrained {run}/start --data.path {run}/data/train "
             f"--checkpoint.dir {run}/train"
         )
-        of_export = " --dialect hf" if family in NATIVE else ""
+        of_export = f" --dialect hf{of_template}" if family in NATIVE else ""
         of_caption = "" if family in NATIVE else of_family
     return [
         f"python examples/quickstart/draw.py --output {run}/data",

@@ -134,11 +134,11 @@ def tiny(directory: str | Path, name: str, *, texts: Iterable[str], seed: int = 
         with HfWriter(aside, {key: TensorInfo(shape, torch.float32) for key, shape in shapes.items()}) as writer:
             for key, shape in shapes.items():
                 writer.write(key, draw_tensor(key, torch.empty(shape), generator))
-        write_json(aside / "config.json", model.config)
         if model.tower is not None:
             (aside / "vision_tower").mkdir()
             write_json(aside / "vision_tower" / "config.json", model.tower)
-        write_tokenizer(aside, texts, VOCAB, model.template, model.tokenizer)
+        ids = write_tokenizer(aside, texts, VOCAB, model.template, model.tokenizer)
+        write_json(aside / "config.json", model.config | ids)
 
 
 def _tower_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

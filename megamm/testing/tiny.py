@@ -127,16 +127,19 @@ def tiny_byte_tokenizer(directory: str | Path, *special: str) -> None:
         fast.save_pretrained(aside)
 
 
-def write_tokenizer(directory: Path, texts: Iterable[str], vocab_size: int, template_name: str, kind: str) -> None:
-    """Write into `directory` a tokenizer that makes words of `texts` and of the conversation format.
+def write_tokenizer(
+    directory: Path, texts: Iterable[str], vocab_size: int, template_name: str, kind: str
+) -> dict[str, int]:
+    """Write into `directory` a tokenizer that makes words of `texts` and of the conversation format; returns its end
+    and padding ids as a config.json names them.
 
     kind: `sentencepiece`, as Llama's (see `tiny_tokenizer`); `bytes`, byte-level BPE as Qwen2's, no token in front of a
-    text, `<|endoftext|>` its end and padding, `<|im_start|>` and `<|im_end|>` whole.
+    text, `<|im_end|>` its end, `<|endoftext|>` its padding, `<|im_start|>` whole.
     """
     words = [*texts, *_words(template(template_name))]
     if kind == "sentencepiece":
-        _sentencepiece(directory, words, vocab_size)
-        return
+        tokenizer = _sentencepiece(directory, words, vocab_size)
+        return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe = ByteLevelBPETokenizer()
     for token in special:  # no merge may reach into them
@@ -144,9 +147,9 @@ def write_tokenizer(directory: Path, texts: Iterable[str], vocab_size: int, temp
     bpe.train_from_iterator(words, vocab_size=vocab_size - len(special), min_frequency=2, show_progress=False)
     backend = Tokenizer.from_str(bpe.to_str())
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    ).save_pretrained(directory)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.save_pretrained(directory)
+    return {"eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
 
 
 def _sentencepiece(directory: Path, texts: list[str], vocab_size: int) -> LlamaTokenizer:
