@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -248,7 +247,8 @@ def test_every_real_photograph_decodes(script, inputs, tmp_path):
 def test_a_family_with_placeholders_says_what_stands_for_a_picture(script, inputs, tmp_path):
     tokenizer = tmp_path / "byte_bpe"
     tokenizer.mkdir()
-    shutil.copy(ROOT / "tests/golden/template_masks/tokenizers/byte_bpe_457.json", tokenizer / "tokenizer.json")
+    source = ROOT / "tests" / "golden" / "template_masks" / "tokenizers" / "byte_bpe_457.json"
+    (tokenizer / "tokenizer.json").write_bytes(source.read_bytes())
     special = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     added = {str(457 + i): {"content": token} | special for i, token in enumerate(("<|im_start|>", "<|im_end|>"))}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "added_tokens_decoder": added}
