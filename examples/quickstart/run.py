@@ -31,6 +31,9 @@ def commands(run: str, family: str) -> list[str]:
             f" --model.family {family} --model.pretrained {run}/start --data.path {run}/data/train "
             f"--checkpoint.dir {run}/train"
         )
+        if family.startswith("vw_lmm"):
+            # From random weights, visual words that may move become what is easiest to predict: the same everywhere.
+            of_run += " --loss.detach-teacher"
         of_export = f" --dialect hf{of_template}" if family in NATIVE else ""
         of_caption = "" if family in NATIVE else of_family
     return [

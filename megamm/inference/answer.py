@@ -57,8 +57,8 @@ class Answerer:
             stage.eval()
 
     def __call__(self, questions: Sequence[Question], max_new_tokens: int, batch_size: int) -> Iterator[str]:
-        """The answer to each question, which is a conversation of its own; ends at the template's end token."""
-        (end_id,) = self._tokenizer.encode(self._template.end.strip(), bos=False)
+        """The answer to each question, which is a conversation of its own; ends where the template's end begins."""
+        end_id = self._tokenizer.encode(self._template.end.strip(), bos=False)[0]
         for first in range(0, len(questions), batch_size):
             answers = greedy(
                 self._stages,
