@@ -18,6 +18,15 @@ from megamm.testing.families import TINY
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ("llava", "tinyllava", "imp", "vw_lmm")
 """Families whose tiny model transformers' own llava class can hold."""
+_WORDS = " --loss.vm-weight 0.05 --loss.detach-teacher"
+OPTIONS = {
+    # From random weights, visual words that may move become what is easiest to predict: the same for every picture.
+    "vw_lmm": _WORDS,
+    "vw_lmm_pif": _WORDS,
+    # Its queries must first learn where to look.
+    "mplug_owl2": " --train.steps 800",
+}
+"""What a family's training needs beside the recipe."""
 FAMILIES = (*NATIVE, "vw_lmm_pif", "mplug_owl2", "mplug_owl3")
 
 
@@ -31,9 +40,7 @@ def commands(run: str, family: str) -> list[str]:
             f" --model.family {family} --model.pretrained {run}/start --data.path {run}/data/train "
             f"--checkpoint.dir {run}/train"
         )
-        if family.startswith("vw_lmm"):
-            # From random weights, visual words that may move become what is easiest to predict: the same everywhere.
-            of_run += " --loss.detach-teacher"
+        of_run += OPTIONS.get(family, "")
         of_export = f" --dialect hf{of_template}" if family in NATIVE else ""
         of_caption = "" if family in NATIVE else of_family
     return [

@@ -96,7 +96,7 @@ TINY: dict[str, TinyModel] = {
                 | {"model_type": "mplug_owl_vision_model", "num_hidden_layers": 2, "layer_norm_eps": 1e-6},
                 "visual_abstractor": {
                     "model_type": "mplug_owl_visual_abstract",
-                    "num_learnable_queries": 9,
+                    "num_learnable_queries": 16,
                     "hidden_size": 64,
                     "encoder_hidden_size": 64,
                     "num_hidden_layers": 1,
