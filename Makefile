@@ -7,6 +7,8 @@
 
 FAMILY ?= llava
 PYTHONS ?= python3 python3.14 python3.13 python3.12 python3.11
+# Two processes share the files of tests: most of the time goes into starting programs and waiting for ranks.
+PYTEST := .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 help: ## show this list
@@ -16,13 +18,13 @@ quickstart: .venv/installed ## draw data, train a tiny model on 2 cores, export 
 	.venv/bin/python examples/quickstart/run.py --family $(FAMILY)
 
 test: .venv/installed ## all tests but the soaks
-	.venv/bin/python -m pytest -m "not soak"
+	$(PYTEST) -m "not soak"
 
 test-soak: .venv/installed ## what shows a race only when it is repeated hundreds of times
 	.venv/bin/python -m pytest -m soak
 
 test-fast: .venv/installed ## the tests that are not slow
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 check: .venv/installed ## style, types and the import contracts
 	.venv/bin/ruff check .

@@ -8,7 +8,14 @@ from megamm.verify import Request, compare, read_model, verify
 from tests.families import VARIANTS
 
 SP = dict(sequence_parallel=True)
-LAYOUTS = [dict(), dict(tp=2, **SP), dict(pp=2), dict(tp=2, pp=2, **SP), dict(tp=4, **SP), dict(pp=4)]
+ALL_AT_ONCE = dict(tp=2, pp=2, **SP)
+LAYOUTS = [
+    ALL_AT_ONCE,
+    *(
+        pytest.param(layout, marks=pytest.mark.slow)
+        for layout in (dict(), dict(tp=2, **SP), dict(pp=2), dict(tp=4, **SP), dict(pp=4))
+    ),
+]
 
 
 def request(variant, **layout):
@@ -33,6 +40,7 @@ def test_every_case_equals_the_authors_code(variant, layout, pool):
     check(variant, layout, pool)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.path)
 def test_a_cut_inside_the_tower(variant, pool):
     options, _ = read_model(request(variant))

@@ -153,6 +153,7 @@ def test_a_width_that_its_heads_do_not_divide_is_refused():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "field"), [("tinyllama", "mm_projector_type"), ("factory_qwen2", "connector_type")]
 )

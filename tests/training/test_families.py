@@ -67,16 +67,15 @@ def check(config: Config, pool, directory: Path) -> None:
             assert mine["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4), f"{name}, step {one['step']}"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_20_steps_at_five_layouts(name, pool, tmp_path):
-    draw.draw(tmp_path / "data", num_train=60, num_heldout=4, seed=0)
-    check(start(name, tmp_path / "data/train.json", tmp_path / "data/images", tmp_path), pool, tmp_path)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not OWLEVAL.is_dir(), reason=f"no OwlEval pictures in {OWLEVAL}; set MEGAMM_OWLEVAL")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_20_steps_at_five_layouts_on_real_photographs(name, pool, tmp_path):
-    records = json.loads((OWLEVAL / "llava.json").read_text())[:120]
-    (tmp_path / "owleval.json").write_text(json.dumps(records))
-    check(start(name, tmp_path / "owleval.json", OWLEVAL / "images", tmp_path), pool, tmp_path)
+@pytest.mark.parametrize("pictures", ["owleval" if OWLEVAL.is_dir() else "drawn"])
+def test_20_steps_at_five_layouts(name, pictures, pool, tmp_path):
+    """On OwlEval's photographs and conversations where they are, else on drawn pictures; the test's id says which."""
+    if pictures == "drawn":
+        draw.draw(tmp_path / "data", num_train=60, num_heldout=4, seed=0)
+        source, image_dir = tmp_path / "data/train.json", tmp_path / "data/images"
+    else:
+        source, image_dir = tmp_path / "owleval.json", OWLEVAL / "images"
+        source.write_text(json.dumps(json.loads((OWLEVAL / "llava.json").read_text())[:120]))
+    check(start(name, source, image_dir, tmp_path), pool, tmp_path)

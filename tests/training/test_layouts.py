@@ -76,7 +76,9 @@ def assert_same(found, expected, tolerance=1e-5):
         assert a.get("eval_loss") == pytest.approx(b.get("eval_loss"), abs=tolerance), f"step {a['step']}"
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", ["tp2 pp2 sp", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "tp2 pp2 sp")]
+)
 def test_losses_equal_those_of_one_rank(name, config, reference, pool, tmp_path):
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0))
     lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS[name]), ranks=RANKS[name])[0]
@@ -90,11 +92,13 @@ def test_losses_on_eight_ranks_equal_those_of_one(config, reference, pool8, tmp_
     assert_same(lines, reference[1])
 
 
+@pytest.mark.slow
 def test_recomputation_changes_nothing(config, reference, pool, tmp_path):
     lines = pool.run(jobs.train, at(config, tmp_path, LAYOUTS["tp2 pp2 sp"], recompute="full"), ranks=4)[0]
     assert_same(lines, reference[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "freeze",
     [("vision",), ("vision", "llm"), ("llm",), ("vision", "projector"), ("vision[:2]",), ("vision[:1]", "llm[:2]")],
@@ -130,9 +134,9 @@ def test_losses_do_not_depend_on_the_micro_batch(micro_batch, config, reference,
     ("saved_at", "resumed_at"),
     [
         ("tp2 pp2 sp", "dp2"),
-        ("dp2", "pp2 interleaved cut in the tower"),
-        ("pp2 cut in the tower", "tp2 dp2 sp"),
-        ("tp2 pp2 sp interleaved", "pp2"),
+        pytest.param("dp2", "pp2 interleaved cut in the tower", marks=pytest.mark.slow),
+        pytest.param("pp2 cut in the tower", "tp2 dp2 sp", marks=pytest.mark.slow),
+        pytest.param("tp2 pp2 sp interleaved", "pp2", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_saved_in_one_layout_goes_on_in_another(saved_at, resumed_at, config, reference, pool, tmp_path):
@@ -178,6 +182,7 @@ def test_layers_behind_a_frozen_beginning_get_the_gradients_they_would_get(cut, 
     assert sum(grad is None for grad in found.values()) == 12 * 2 + 5
 
 
+@pytest.mark.slow
 def test_a_run_with_several_gradient_buckets_is_saved_and_goes_on(config, reference, pool, tmp_path):
     parallel = LAYOUTS["dp2"]
     lines, buckets = pool.run(jobs.train_in_buckets, at(config, tmp_path, parallel), ranks=2)[0]

@@ -68,6 +68,7 @@ def run(tmp_path, golden, name: str, parallel: Parallel, setup: Setup) -> Config
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", [OWL2, OWL3], ids=lambda setup: setup.name)
 def test_the_text_way_stays_as_it_is_and_layouts_agree(setup, tmp_path, golden, pool):
     random_dataset(tmp_path / "train", num_samples=30, vocab_size=320, family=setup.name, placeholder=setup.placeholder)

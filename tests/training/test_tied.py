@@ -73,6 +73,7 @@ def test_logits_and_gradients_equal_those_of_transformers(place, tied, pool):
     assert report.ok, report.line()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["first and last stage", "two virtual stages of one rank"])
 def test_training_keeps_the_copies_equal_and_goes_on_elsewhere(place, tied, config, pool, tmp_path):  # noqa: F811
     """With the distributed optimizer over two replicas, saved at step 10 and taken up on one rank."""

@@ -66,6 +66,7 @@ def assert_same_terms(found, expected):
             assert a[name] == pytest.approx(b[name], abs=1e-5), f"step {a['step']}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_both_terms_depend_on_no_layout_and_no_micro_batch(name, config, pool, tmp_path):
     lines = pool.run(jobs.train, at(config(name), tmp_path / "one"), ranks=1)[0]
