@@ -292,6 +292,8 @@ def _read_info(path: Path) -> dict[str, Any]:
     version = info.get("format_version") if isinstance(info, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: format version {version!r}, this megamm reads {FORMAT_VERSION}; preprocess again")
+    if "blend" in info:
+        raise DataError(f"{path}: a blend of datasets; give one dataset")
     for key in ("documents", "bin_bytes", "idx_bytes"):
         if not isinstance(info.get(key), int):
             raise DataError(f"{path}: `{key}` is {info.get(key)!r}, not a number; preprocess again")
