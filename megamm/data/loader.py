@@ -72,9 +72,9 @@ class Dataset:
 
     def _pixels(self, i: int, num_images: int) -> torch.Tensor:
         size = self.image_format.size
-        pixels_I3HW = torch.empty(num_images, 3, size, size)
         if not num_images:
-            return pixels_I3HW
+            return torch.empty(0, 3, size, size)
+        pictures = []
         for k, num_views in self.reader.views(i):
             if k >= num_images:
                 break
@@ -83,8 +83,8 @@ class Dataset:
             except SampleFault as fault:
                 where = f"{self.reader.prefix}: document {i}, picture {k}"
                 raise DataError(f"{where}: {fault}; preprocess again") from fault
-            pixels_I3HW[k : k + num_views] = views[: num_images - k]
-        return pixels_I3HW
+            pictures.append(views[: num_images - k])
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)  # what is cut short is cut behind the rest
 
 
 def collate(
