@@ -33,6 +33,7 @@ from megamm.data.parts import Parts, make_parts
 from megamm.data.pool import processes
 from megamm.data.prepare import Recipe
 from megamm.data.sources import Source
+from megamm.data.template import template
 from megamm.data.tokenizer import Tokenizer, load_tokenizer
 from megamm.errors import ConfigError, MegammError
 
@@ -175,23 +176,20 @@ def preprocess(folder: Path, arguments: Arguments, tokenizer: Tokenizer, picture
     turns = [" ".join(rng.choice(words, size)) for size in rng.integers(5, 80, 6 * arguments.conversations)]
     records = []
     for k in range(arguments.conversations):
-        said = turns[6 * k : 6 * k + 6]
+        values = turns[6 * k : 6 * k + 6]
         record: dict[str, Any] = {"id": str(k)}
         if pictures:
             record["image"] = f"{k}.jpg"
             (folder / "images" / f"{k}.jpg").write_bytes(pictures[k % len(pictures)])
-            said[0] = f"<image>\n{said[0]}"
+            values[0] = f"<image>\n{values[0]}"
         speakers = ("human", "gpt") * 3
-        record["conversations"] = [{"from": a, "value": b} for a, b in zip(speakers, said, strict=True)]
+        record["conversations"] = [{"from": a, "value": b} for a, b in zip(speakers, values, strict=True)]
         records.append(record)
     source = folder / "llava.json"
     source.write_text(json.dumps(records))
-    texts = [
-        " ".join(
-            f"{'USER' if turn['from'] == 'human' else 'ASSISTANT'}: {turn['value']}" for turn in record["conversations"]
-        )
-        for record in records
-    ]
+    form = template("vicuna_v1")
+    said = [[turn["value"] for turn in record["conversations"]] for record in records]
+    texts = [form.render(list(zip(texts[::2], texts[1::2], strict=True)), "<image>")[0] for texts in said]
     recipe = Recipe(
         image_dir=folder / "images", tokenizer_dir=arguments.tokenizer, template="vicuna_v1", marker="<image>"
     )
