@@ -13,9 +13,10 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
+from megamm.data.blend import open_reader
 from megamm.data.display import Stretch, page, picture, stretches
 from megamm.data.image import ImageFormat
-from megamm.data.indexed import Reader, writing
+from megamm.data.indexed import writing
 from megamm.data.tokenizer import load_tokenizer
 from megamm.errors import DataError, MegammError
 
@@ -27,7 +28,7 @@ class Options:
     """Show a sample's pictures, its text with what is trained on in colour, and its tokens."""
 
     prefix: Annotated[str, tyro.conf.Positional]
-    """Prefix of the dataset, as preprocess.py wrote it."""
+    """Prefix of the dataset, as preprocess.py wrote it, or of a blend."""
     tokenizer: Path
     """Directory of the tokenizer it was made with."""
     sample: int = 0
@@ -40,7 +41,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Show the sample on standard output. Raises MegammError where dataset and tokenizer do not fit each other."""
-    reader, tokenizer = Reader(options.prefix), load_tokenizer(options.tokenizer)
+    reader, tokenizer = open_reader(options.prefix), load_tokenizer(options.tokenizer)
     made_with = reader.info.get("tokenizer", {}).get("hash")
     if made_with not in (None, tokenizer.hash):
         raise DataError(

@@ -28,7 +28,8 @@ class Data:
     """What is read, and how a sample becomes tensors."""
 
     path: str
-    """Prefix of the PREFIX.bin, PREFIX.idx and PREFIX.json that data_tools/preprocess.py wrote."""
+    """Prefix of the PREFIX.bin, PREFIX.idx and PREFIX.json that data_tools/preprocess.py wrote, or of the PREFIX.json
+    of a blend, by data_tools/blend.py."""
     eval_path: str | None = None
     """Prefix of a second dataset for the evaluation loss. None: no evaluation."""
     max_tokens: int = 2048

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import simplejpeg
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -114,40 +115,69 @@ def to_views(rgb: np.ndarray, image_format: ImageFormat, num_views: int) -> Tens
     rows, columns = choose_anchor(width, height, size)
     if rows * columns + 1 != num_views:
         raise DataError(f"{num_views} views where {rows} x {columns} tiles and the whole are meant; preprocess again")
-    scaled = Image.fromarray(rgb).resize((columns * size, rows * size), Image.Resampling.BICUBIC)
-    pixels_3HW = _normalised(scaled, image_format)
-    tiles_3RHCW = pixels_3HW.view(3, rows, size, columns, size)
+    scaled_3HW = _resized(_channels_first(rgb), rows * size, columns * size)
+    tiles_3RHCW = _normalised(scaled_3HW, image_format).view(3, rows, size, columns, size)
     return torch.cat([tiles_3RHCW.permute(1, 3, 0, 2, 4).flatten(0, 1), whole[None]])
 
 
 def to_pixels(rgb: np.ndarray, image_format: ImageFormat) -> Tensor:
-    """uint8 [H, W, 3] -> float32 [3, size, size], normalised. Equal to the published processors after LLaVA's
-    expand2square: bicubic on 8-bit values, by Pillow."""
+    """uint8 [H, W, 3] -> float32 [3, size, size], normalised. What the published processors give after LLaVA's
+    expand2square, which resize with Pillow's bicubic on 8-bit values; on OwlEval's pictures the mean absolute
+    difference is at most 0.2 levels of 255, and mostly 0.005."""
     size = image_format.size
-    picture = Image.fromarray(rgb)
-    if image_format.aspect == "pad" and picture.width != picture.height:
-        side = max(picture.size)
-        canvas = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in image_format.mean))
-        canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        picture = canvas
-    elif image_format.aspect == "stretch":
-        picture = picture.resize((max(picture.size), max(picture.size)), Image.Resampling.BICUBIC)
+    height, width, _ = rgb.shape
+    picture_3HW = _channels_first(rgb)
+    if image_format.aspect == "pad" and height != width:
+        return _normalised(_resized_in_square(picture_3HW, image_format), image_format)
+    if image_format.aspect == "stretch":
+        height = width = max(height, width)
+        picture_3HW = _resized(picture_3HW, height, width)
     if image_format.resize == "squash":
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+        return _normalised(_resized(picture_3HW, size, size), image_format)
+    short = min(height, width)
+    height, width = size * height // short, size * width // short
+    top, left = (height - size) // 2, (width - size) // 2
+    picture_3HW = _resized(picture_3HW, height, width)[:, top : top + size, left : left + size]
+    return _normalised(picture_3HW, image_format)
+
+
+def _resized_in_square(picture_3HW: Tensor, image_format: ImageFormat) -> Tensor:
+    """The picture in the middle of a square of the mean colour, scaled to `size`, uint8.
+
+    The filter is one pass along each edge, and no row of the square mixes picture and padding along the longer edge. So
+    that pass comes first, over the picture alone; the square, of which only the shorter edge is padded, comes after."""
+    size = image_format.size
+    _, height, width = picture_3HW.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    colour = torch.tensor([int(255 * mean) for mean in image_format.mean], dtype=torch.uint8)
+    rows, columns = (side, size) if width == side else (size, side)
+    square_HW3 = colour.repeat(columns).expand(rows, -1).clone().view(rows, columns, 3)  # row by row: 10 times faster
+    if width == side:
+        square_HW3[top : top + height] = _resized(picture_3HW, height, size).permute(1, 2, 0)
     else:
-        short = min(picture.size)
-        width, height = size * picture.width // short, size * picture.height // short
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - size) // 2, (height - size) // 2
-        picture = picture.crop((left, top, left + size, top + size))
-    return _normalised(picture, image_format)
+        square_HW3[:, left : left + width] = _resized(picture_3HW, size, width).permute(1, 2, 0)
+    return _resized(square_HW3.permute(2, 0, 1), size, size)
 
 
-def _normalised(picture: Image.Image, image_format: ImageFormat) -> Tensor:
-    values = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)
-    mean = np.asarray(image_format.mean, dtype=np.float32)[:, None, None]
-    std = np.asarray(image_format.std, dtype=np.float32)[:, None, None]
-    return torch.from_numpy(np.ascontiguousarray((values / np.float32(255) - mean) / std))
+def _channels_first(rgb: np.ndarray) -> Tensor:
+    """A view [3, H, W]; a copy where the array is read-only, which torch does not know."""
+    return torch.from_numpy(rgb if rgb.flags.writeable else rgb.copy()).permute(2, 0, 1)
+
+
+def _resized(picture_3HW: Tensor, height: int, width: int) -> Tensor:
+    """Pillow's bicubic, uint8, by torch's vectorised port of it. Interleaved channels stay interleaved."""
+    # The batch dimension has to be made in front of interleaved channels: else torch takes them apart and together.
+    picture_1HW3 = picture_3HW.permute(1, 2, 0)[None]
+    return F.interpolate(picture_1HW3.permute(0, 3, 1, 2), size=(height, width), mode="bicubic", antialias=True)[0]
+
+
+def _normalised(picture_3HW: Tensor, image_format: ImageFormat) -> Tensor:
+    """(values / 255 - mean) / std, with the divisions made once."""
+    std = torch.tensor(image_format.std)[:, None, None]
+    shift = torch.tensor(image_format.mean)[:, None, None] / std
+    values_3HW = picture_3HW.to(torch.float32, memory_format=torch.contiguous_format)
+    return values_3HW.mul_(1 / (255 * std)).sub_(shift)
 
 
 def _is_plain_jpeg(data: bytes) -> bool:

@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from megamm.batch import IGNORE, IMAGE, Batch, Sample
+from megamm.data.blend import members, open_reader
 from megamm.data.faults import SampleFault
 from megamm.data.image import ImageFormat, decode, to_views
-from megamm.data.indexed import Reader
 from megamm.data.text import expand
 from megamm.errors import ConfigError, DataError, MegammError
 
@@ -27,21 +27,23 @@ class Dataset:
     """Samples of an indexed dataset by number, as one model wants them."""
 
     def __init__(self, prefix: str | Path, image_format: ImageFormat, max_tokens: int, with_pixels: bool = True):
-        """`with_pixels=False`: for ranks that run no vision.embed; pictures are neither read nor decoded.
+        """`prefix`: of an indexed dataset or of a blend. `with_pixels=False`: for ranks that run no vision.embed;
+        pictures are neither read nor decoded.
 
         Raises DataError for a dataset that is not whole, or whose tiles are not of the tower's size."""
-        self.reader = Reader(prefix)
+        self.reader = open_reader(prefix)
         self.image_format = image_format
         self.max_tokens = max_tokens
         self.with_pixels = with_pixels
         self.placeholder: list[int] | None = self.reader.info.get("placeholder")
         """The ids that stand for a picture where its visual tokens are no part of the sequence."""
-        rules = self.reader.info.get("views")
-        if rules is not None and rules["cut"] != "none" and rules["tile_size"] != image_format.size:
-            raise DataError(
-                f"{prefix}: pictures were cut for tiles of {rules['tile_size']} pixels, the model's tower sees "
-                f"{image_format.size}; preprocess again with --tile-size {image_format.size}"
-            )
+        for reader in members(self.reader):
+            rules = reader.info.get("views")
+            if rules is not None and rules["cut"] != "none" and rules["tile_size"] != image_format.size:
+                raise DataError(
+                    f"{reader.prefix}: pictures were cut for tiles of {rules['tile_size']} pixels, the model's tower "
+                    f"sees {image_format.size}; preprocess again with --tile-size {image_format.size}"
+                )
 
     def __len__(self) -> int:
         """Samples."""
@@ -70,9 +72,9 @@ class Dataset:
 
     def _pixels(self, i: int, num_images: int) -> torch.Tensor:
         size = self.image_format.size
-        pixels_I3HW = torch.empty(num_images, 3, size, size)
         if not num_images:
-            return pixels_I3HW
+            return torch.empty(0, 3, size, size)
+        pictures = []
         for k, num_views in self.reader.views(i):
             if k >= num_images:
                 break
@@ -81,8 +83,8 @@ class Dataset:
             except SampleFault as fault:
                 where = f"{self.reader.prefix}: document {i}, picture {k}"
                 raise DataError(f"{where}: {fault}; preprocess again") from fault
-            pixels_I3HW[k : k + num_views] = views[: num_images - k]
-        return pixels_I3HW
+            pictures.append(views[: num_images - k])
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)  # what is cut short is cut behind the rest
 
 
 def collate(
@@ -258,6 +260,7 @@ class Loader:
             "shuffle": self._shuffle,
             "samples": len(self.dataset),
             "bytes": self.dataset.reader.info["bin_bytes"],
+            "blend": self.dataset.reader.info.get("blend"),
             "group_by_modality_length": self._is_grouped,
             "global_batch": self._global_batch if self._is_grouped else None,  # a random order has no use for it
         }

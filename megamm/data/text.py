@@ -47,14 +47,11 @@ def tokenise(
         answers = [start - char for start, _ in ranges if 0 < start - char < len(piece)]
         cuts = [0, *(answers if template.splits_answers else []), len(piece)]
         for part in (piece[a:b] for a, b in pairwise(cuts)):
-            part_ids, starts, ends = tokenizer.encode_offsets(part)
-            for start, end in ranges:
-                # Every token that shares a character with the range. A token that begins in the space before an
-                # answer is a target; the end token always stands alone, so nothing behind it can be.
-                first = int(np.searchsorted(ends, start - char, side="right"))
-                last = int(np.searchsorted(starts, end - char, side="left"))
-                if first < last:
-                    spans.append((num_ids + first, num_ids + last))
+            # Every token that shares a character with the range. A token that begins in the space before an
+            # answer is a target; the end token always stands alone, so nothing behind it can be.
+            here = [(a - char, b - char) for a, b in ranges if a - char < len(part) and b - char > 0]
+            part_ids, found = tokenizer.encode_ranges(part, here)
+            spans += [(num_ids + first, num_ids + last) for first, last in found if first < last]
             ids.append(part_ids)
             num_ids, char = num_ids + len(part_ids), char + len(part)
     return np.concatenate(ids), np.asarray(spans, dtype=np.int32).reshape(-1, 2)

@@ -1,8 +1,9 @@
 """Text <-> ids, with the place of every token in the text. The only file of the data side that imports transformers."""
 
 import json
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,21 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else ids
 
-    def encode_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids [T] without `bos_id`, and first and last + 1 character [T] of each token; int32, not decreasing."""
+    def encode_ranges(self, text: str, ranges: Sequence[tuple[int, int]]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Ids int32 [T] without `bos_id`, and for each range of characters (first, last + 1) that of the tokens that
+        share a character with it, empty where none does. Ranges may reach beyond the text."""
         encoding = self._backend.encode(text, add_special_tokens=False)
-        ids, pairs = encoding.ids, encoding.offsets
-        # fromiter: asarray looks at every tuple for its length, and takes twice as long as all the rest.
-        offsets = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * len(ids)).reshape(-1, 2)
-        return np.fromiter(ids, np.int32, len(ids)), offsets[:, 0], offsets[:, 1]
+        ids, place = encoding.ids, encoding.token_to_chars
+        # Places are searched for, a few for each range: to hand out that of every token takes longer than encoding.
+        tokens = range(len(ids))
+        found = [
+            (
+                bisect_right(tokens, start, key=lambda token: place(token)[1]),
+                bisect_left(tokens, end, key=lambda token: place(token)[0]),
+            )
+            for start, end in ranges
+        ]
+        return np.fromiter(ids, np.int32, len(ids)), found
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens written out."""

@@ -17,6 +17,7 @@ import numpy as np
 from megamm.config.check import find_problems
 from megamm.config.frozen import TEXT_WAY, num_frozen_layers
 from megamm.config.schema import PARTS, Checkpoint, Config, Data, Loss
+from megamm.data.blend import Blend, members, open_reader
 from megamm.data.image import ImageFormat
 from megamm.data.indexed import Reader
 from megamm.data.tokenizer_files import tokenizer_hash
@@ -82,11 +83,11 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
     model: _Model | None = None
     with _noted(problems):
         model = _read_model(config)
-    readers: dict[str, Reader] = {}
+    readers: dict[str, Reader | Blend] = {}
     for name, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
         if path and (needs_files or Path(f"{path}.json").exists()):
             with _noted(problems, f"{name}: "):
-                readers[name] = Reader(path)
+                readers[name] = open_reader(path)
     if needs_files:
         problems += _run_dir_problems(config.checkpoint)
     pretrained = config.model.pretrained
@@ -123,7 +124,8 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
     if TEXT_WAY in config.train.freeze and not options.llm.is_modality_adaptive and options.llm.hyper is None:
         problems.append(f"train.freeze={TEXT_WAY}: this llm has no weights for visual tokens only; give llm instead")
     for name, reader in readers.items():
-        problems += _data_problems(name, reader, model)
+        for member in members(reader):
+            problems += _data_problems(name, member, model)
     if resumed is not None and config.checkpoint.resume:
         with _noted(problems, "checkpoint.dir: "):
             check_same_model(resumed, model.info)
@@ -297,7 +299,7 @@ def _run_dir_problems(checkpoint: Checkpoint) -> list[str]:
     return [f"checkpoint.dir={checkpoint.dir} cannot be written: {nearest} is no directory that you may write to"]
 
 
-def _mean_sample(options: VlmOptions, data: Data, reader: Reader | None) -> tuple[float, float]:
+def _mean_sample(options: VlmOptions, data: Data, reader: Reader | Blend | None) -> tuple[float, float]:
     """Mean tokens, after the cut, and mean images of a sample; without data a full sequence with one picture."""
     if reader is None or not len(reader):
         return float(data.max_tokens), 1.0

@@ -195,29 +195,49 @@ PROCESSORS = {
 }
 
 
+def levels(found, expected, image_format):
+    """Mean absolute difference, in levels of 255."""
+    return ((found - expected).abs() * torch.tensor(image_format.std)[:, None, None]).mean().item() * 255
+
+
+def sources(picture, processor):
+    """What each `aspect` hands to the published processor."""
+    stretched = picture.resize((max(picture.size),) * 2)  # as mPLUG-Owl2's README and evaluation do it
+    return {"pad": expand_to_square(picture, processor), "stretch": stretched, "square": picture}
+
+
 @pytest.mark.parametrize("tower", PROCESSORS)
 @pytest.mark.parametrize("size", [(400, 300), (301, 400), (336, 336), (97, 640), (1, 3), (20, 20)])
 def test_pixels_equal_the_published_processor(tower, size):
     image_format, processor = PROCESSORS[tower]
     picture = smooth(size)
     rgb = np.asarray(picture)
-    stretched = picture.resize((max(size), max(size)))  # as mPLUG-Owl2's README and evaluation do it
-    sources = {"pad": expand_to_square(picture, processor), "stretch": stretched, "square": picture}
-    for aspect, source in sources.items():
+    for aspect, source in sources(picture, processor).items():
         expected = processor(source, return_tensors="pt", resample=Image.Resampling.BICUBIC)["pixel_values"][0]
         found = to_pixels(rgb, replace(image_format, aspect=aspect))
         assert found.dtype == torch.float32 and found.is_contiguous()
-        assert torch.equal(found, expected.to(torch.float32)) or (found - expected).abs().max() < 1e-6
+        assert levels(found, expected, image_format) <= 0.5
 
 
-def test_real_photographs_equal_the_published_processor():
+@pytest.mark.parametrize("tower", PROCESSORS)
+def test_pixels_that_are_not_resized_are_exact(tower):
+    image_format, processor = PROCESSORS[tower]
+    picture = smooth((image_format.size, image_format.size))
+    expected = processor(picture, return_tensors="pt")["pixel_values"][0]
+    assert (to_pixels(np.asarray(picture), image_format) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("tower", PROCESSORS)
+def test_real_photographs_equal_the_published_processor(tower):
     if not OWLEVAL.is_dir():
         pytest.skip(f"no OwlEval pictures at {OWLEVAL}; set MEGAMM_OWLEVAL")
+    image_format, processor = PROCESSORS[tower]
     files = sorted((OWLEVAL / "images").iterdir())
     for file in files[::8]:
         data = file.read_bytes()
         rgb = decode(data)
         assert np.array_equal(rgb, pillow(data))
-        source = expand_to_square(Image.fromarray(rgb), PROCESSORS["clip"][1])
-        expected = PROCESSORS["clip"][1](source, return_tensors="pt")["pixel_values"][0]
-        assert (to_pixels(rgb, CLIP) - expected).abs().mean() <= 1e-6
+        for aspect, source in sources(Image.fromarray(rgb), processor).items():
+            expected = processor(source, return_tensors="pt", resample=Image.Resampling.BICUBIC)["pixel_values"][0]
+            found = to_pixels(rgb, replace(image_format, aspect=aspect))
+            assert levels(found, expected, image_format) <= 0.2, (file.name, aspect)

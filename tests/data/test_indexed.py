@@ -90,6 +90,28 @@ def test_no_document_is_a_dataset(tmp_path):
     assert len(Reader(tmp_path / "set")) == 0
 
 
+def test_damage_far_inside_is_refused_too(tmp_path):
+    """An index is checked in blocks."""
+    num = 40_000
+    write(tmp_path / "set", [([1, 5], [], [[1, 2]])] * num)
+    assert len(Reader(tmp_path / "set")) == num
+    whole = (tmp_path / "set.idx").read_bytes()
+    offsets, starts, modes = HEADER + 8 * num, HEADER + 24 * num, HEADER + 24 * num + 8 * (num + 1)
+    for at, value in (
+        (HEADER + 4 * 39_999, b"\x03"),
+        (offsets + 8 * 2**15, b"\x04"),
+        (offsets + 8 * (2 * num - 1), b"\x04"),
+        (starts + 8 * 2**15, b"\x01"),
+        (starts + 8 * (num - 1), b"\x01"),
+        (modes + 2 * num - 1, b"\x01"),
+        (modes + 2**16, b"\x02"),
+    ):
+        damage(at, value)(tmp_path / "set")
+        with pytest.raises(DataError, match="set.idx: "):
+            Reader(tmp_path / "set")
+        (tmp_path / "set.idx").write_bytes(whole)
+
+
 def test_abandoned_writing_leaves_the_old_dataset(tmp_path):
     write(tmp_path / "set")
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
@@ -187,6 +209,9 @@ DAMAGES = {
     "offset_past_the_end": damage(OFFSETS + 8 * 10, struct.pack("<q", 2**40)),
     "document_start": damage(STARTS + 8, struct.pack("<q", 2**40)),
     "document_order": damage(STARTS + 8, struct.pack("<q", 7)),
+    "documents_beyond_int64": damage(STARTS + 8, struct.pack("<3q", 2**62, 2**63 - 1, -(2**62))),  # differences wrap
+    "mode_of_a_text": damage(MODES + 3, b"\x01"),
+    "mode_of_spans": damage(MODES + 2, b"\x01"),
     "mode": damage(MODES + 1, b"\x00"),
 }
 

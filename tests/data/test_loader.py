@@ -259,7 +259,7 @@ def test_resume_is_exact_with_other_ranks_and_workers(make_dataset):
     take(running, 4)
     state = running.state_dict()
     identity = {"seed": 5, "shuffle": True, "samples": 13, "group_by_modality_length": False, "global_batch": None}
-    data = {"bytes": Path(f"{prefix}.bin").stat().st_size}
+    data = {"bytes": Path(f"{prefix}.bin").stat().st_size, "blend": None}
     assert state == {"consumed": 16, "truncated": 0} | identity | data
     resumed = loader(prefix, seed=5, micro_batch=2)
     resumed.load_state_dict(state)

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -16,9 +17,13 @@ def test_same_ids_as_stock_transformers(kind, changes, make_tokenizer):
     tokenizer, stock = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
     for text in TEXTS:
         assert tokenizer.encode(text, bos=True) == stock(text)["input_ids"]
-        ids, starts, ends = tokenizer.encode_offsets(text)
-        assert ids.tolist() == tokenizer.encode(text, bos=False)
-        assert (starts[1:] >= starts[:-1]).all() and (ends[1:] >= ends[:-1]).all() and (ends <= len(text)).all()
+        places = stock(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        ranges = [(start, end) for start in range(-1, len(text) + 1) for end in range(start + 1, len(text) + 3)]
+        ids, found = tokenizer.encode_ranges(text, ranges)
+        assert ids.tolist() == tokenizer.encode(text, bos=False) and ids.dtype == np.int32
+        for (start, end), (first, last) in zip(ranges, found, strict=True):
+            shared = [i for i, (a, b) in enumerate(places) if a < end and b > start]
+            assert list(range(first, last)) == shared
 
 
 def test_special_ids(make_tokenizer):
