@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from megamm.data.faults import Fault
-from megamm.data.indexed import writing
+from megamm.data.indexed import paths_of, writing
 from megamm.data.parts import Parts, make_parts
 from megamm.data.pool import Pool, processes
 from megamm.data.prepare import Recipe, preparer
@@ -107,6 +107,9 @@ def _preprocess(options: Options, pool: Pool) -> None:
     )
     tokenizer = preparer(recipe).tokenizer  # also says now, and not in some process later, what does not fit
     source = Source(list(options.input), options.format)
+    written = {path.resolve() for path in (*paths_of(options.output), Path(f"{options.output}.skipped.jsonl"))}
+    if taken := [path for path, _ in source.files if path.resolve() in written]:
+        raise DataError(f"--output {options.output} would be written over --input {taken[0]}; choose another prefix")
     made_by: dict[str, Any] = {
         "family": options.family,
         "template": recipe.template,

@@ -37,7 +37,7 @@ def commands(run: str, family: str) -> list[str]:
         of_family = f" --family {family}"
         of_template = f" --template {TINY[family].template}"
         of_run = (
-            f" --model.family {family} --model.pretrained {run}/start --data.path {run}/data/train "
+            f" --model.family {family} --model.pretrained {run}/start --data.path {run}/dataset "
             f"--checkpoint.dir {run}/train"
         )
         of_run += OPTIONS.get(family, "")
@@ -47,7 +47,7 @@ def commands(run: str, family: str) -> list[str]:
         f"python examples/quickstart/draw.py --output {run}/data",
         f"python examples/quickstart/make_model.py{of_family} --data {run}/data/train.json --output {run}/hf",
         f"python data_tools/preprocess.py --input {run}/data/train.json --image-dir {run}/data/images "
-        f"--family {family}{of_template} --tokenizer {run}/hf --output {run}/data/train",
+        f"--family {family}{of_template} --tokenizer {run}/hf --output {run}/dataset",
         f"python tools/checkpoint/hf_to_megatron.py --hf {run}/hf{of_family} --output {run}/start",
         f"torchrun --standalone --nproc-per-node 4 -m megamm.train examples/quickstart/recipe.py{of_run}",
         f"python tools/checkpoint/megatron_to_hf.py --checkpoint {run}/train/STEP{of_export} --output {run}/export",

@@ -244,6 +244,14 @@ def test_every_real_photograph_decodes(script, inputs, tmp_path):
         assert sample.num_images == 1 and sample.pixels_I3HW.std() > 0.05
 
 
+def test_an_output_is_never_written_over_its_input(script, inputs):
+    source = inputs["input"][0] if isinstance(inputs["input"], (tuple, list)) else inputs["input"]
+    before = Path(source).read_bytes()
+    with pytest.raises(DataError, match="would be written over --input .*; choose another prefix"):
+        script.main(script.Options(**inputs | {"output": str(Path(source).with_suffix(""))}))
+    assert Path(source).read_bytes() == before and not Path(source).with_suffix(".parts").exists()
+
+
 def test_a_family_with_placeholders_says_what_stands_for_a_picture(script, inputs, tmp_path):
     tokenizer = tmp_path / "byte_bpe"
     tokenizer.mkdir()
