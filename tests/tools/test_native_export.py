@@ -82,7 +82,8 @@ def test_stock_transformers_sees_what_training_sees(tower, aspect, strategy, tok
     prompt = processor.apply_chat_template([user, reply])
     inputs = processor(text=prompt, images=Image.fromarray(rgb), return_tensors="pt")
     expected = to_pixels(rgb, image_format(options, Data(path="unused", aspect=aspect)))
-    assert (inputs["pixel_values"][0] - expected).abs().max() < 1e-5
+    difference = (inputs["pixel_values"][0] - expected).abs()
+    assert difference.mean() < 1 / 255 and difference.max() < 0.02, "one level of 255, where two resizers round apart"
 
     turns = [("human", f"<image>\n{QUESTION}"), ("gpt", ANSWER)]
     ids, _ = tokenise(turns, 1, template("llama"), load_tokenizer(tmp_path / "llm"), "<image>")
