@@ -130,13 +130,10 @@ def tiny(directory: str | Path, name: str, *, texts: Iterable[str], seed: int = 
     if model.tower_prefix:  # with what the release stores and no forward uses
         shapes = {model.tower_prefix + key: shape for key, shape in _tower_shapes(model.tower or {}).items()} | shapes
     generator = torch.Generator().manual_seed(seed)
-    tensors = {key: draw_tensor(key, torch.empty(shape), generator) for key, shape in shapes.items()}
-    if "vm_head.weight" in tensors:  # a visual token is made of the words that it resembles most
-        tensors["vm_head.weight"] = 4 * tensors["model.embed_tokens.weight"]
     with new_directory(directory) as aside:
-        with HfWriter(aside, {key: TensorInfo.of(tensor) for key, tensor in tensors.items()}) as writer:
-            for key, tensor in tensors.items():
-                writer.write(key, tensor)
+        with HfWriter(aside, {key: TensorInfo(shape, torch.float32) for key, shape in shapes.items()}) as writer:
+            for key, shape in shapes.items():
+                writer.write(key, draw_tensor(key, torch.empty(shape), generator))
         if model.tower is not None:
             (aside / "vision_tower").mkdir()
             write_json(aside / "vision_tower" / "config.json", model.tower)
