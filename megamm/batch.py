@@ -37,14 +37,15 @@ class Sample:
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
-    """One micro-batch, right padded to a common length. Every rank has every field but the pixels."""
+    """One micro-batch: a sample per row, right padded to a common length, or several samples packed into one row. Every
+    rank has every field but the pixels."""
 
     ids_BS: Tensor
     """int64 [B, S]; IMAGE where a visual token is placed, the pad id behind the end."""
     targets_BS: Tensor
     """int64 [B, S]; the id that this position must predict (labels shifted left by one), IGNORE where there is none."""
     positions_BS: Tensor
-    """int64 [B, S]; position of each token in its own sequence."""
+    """int64 [B, S]; position of each token in its own sample."""
     pixels_I3HW: Tensor | None
     """float32 [I, 3, H, W]; at least one picture: a batch without images carries one blank picture that is placed
     nowhere, so that every parameter runs on every rank. None on ranks that run no vision.embed."""
@@ -59,6 +60,11 @@ class Batch:
     """Real images, blank ones not counted."""
     num_tokens: int
     """Tokens that are not padding, visual tokens included."""
+    cu_seqlens: Tensor | None = None
+    """int32 [samples + 1], of a packed row: where each sample begins, and the last one ends; padding is one more.
+    No token sees one of another sample. None: every row is one sample."""
+    max_seqlen: int | None = None
+    """Tokens of the longest sample of a packed row."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with `function` applied to every tensor."""

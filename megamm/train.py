@@ -94,12 +94,15 @@ def show(config: Config, found: Plan, world_size: int) -> None:
     accumulate = config.train.global_batch // (config.train.micro_batch * found.dp)
     console.print(
         f"{world_size} ranks = tp {config.parallel.tp} x pp {config.parallel.pp} x dp {found.dp}; "
-        f"{config.train.global_batch} samples per step = {config.train.micro_batch} per micro-batch x {accumulate} "
-        f"micro-batches x {found.dp} replicas"
+        f"{config.train.global_batch} {'sequences' if config.data.packing else 'samples'} per step = "
+        f"{config.train.micro_batch} per micro-batch x {accumulate} micro-batches x {found.dp} replicas"
     )
     samples = "unknown: no dataset there" if found.num_samples is None else f"{found.num_samples:,}"
+    if found.packs is not None:
+        samples += f" in {len(found.packs):,} sequences"
     steps = f"{found.num_steps:,}" if found.num_steps else "unknown"
-    console.print(f"samples {samples}; steps {steps}; at most {config.data.max_tokens} tokens per sample")
+    unit = "sequence" if config.data.packing else "sample"
+    console.print(f"samples {samples}; steps {steps}; at most {config.data.max_tokens} tokens per {unit}")
 
 
 def costs_of(config: Config, found: Plan) -> list[float]:

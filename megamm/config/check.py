@@ -84,6 +84,10 @@ def find_problems(config: Config, world_size: int) -> list[str]:
             f"train.eval_every_steps={train.eval_every_steps} needs data.eval_path, the data to evaluate on; "
             "or set it to 0"
         )
+    if config.data.group_by_modality_length and config.data.packing:
+        problems.append(
+            "data.group_by_modality_length=True saves padding, of which data.packing=True leaves none: choose one"
+        )
     if config.data.group_by_modality_length and not config.data.shuffle:
         problems.append(
             "data.group_by_modality_length=True draws an order of its own, data.shuffle=False keeps the stored one; "

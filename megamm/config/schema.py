@@ -34,6 +34,9 @@ class Data:
     """Prefix of a second dataset for the evaluation loss. None: no evaluation."""
     max_tokens: int = 2048
     """Longest sequence in tokens, visual tokens counted; longer samples are cut at the end."""
+    packing: bool = False
+    """Lay as many samples into each sequence as fit, none seeing another. `train.global_batch` and `train.micro_batch`
+    then count sequences, and `max_tokens` may be more than the model has positions, of which a sample gets no more."""
     aspect: Literal["pad", "stretch", "square"] = "pad"
     """`pad`: paste the picture on a square of the mean colour first. `stretch`: scale its shorter edge to the longer
     one first. `square`: leave it to resize and crop."""
@@ -43,7 +46,7 @@ class Data:
     """Draw a new order from `train.seed` every epoch. False: the stored order."""
     group_by_modality_length: bool = False
     """Draw it so that every step has only samples with pictures or only text, longest first: less padding. LLaVA's
-    option of the same name. Needs `shuffle`."""
+    option of the same name. Needs `shuffle`; `packing` leaves no padding to save."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,9 +118,9 @@ class Train:
     """How long, how much at once, what is trained."""
 
     global_batch: int
-    """Samples per optimizer step, over all ranks."""
+    """Samples per optimizer step, over all ranks; with `data.packing` sequences."""
     micro_batch: int = 1
-    """Samples per forward pass of one data parallel rank."""
+    """Samples per forward pass of one data parallel rank; with `data.packing` sequences."""
     epochs: float = 1.0
     """Passes over the data; ignored when `steps` is given."""
     steps: int | None = None

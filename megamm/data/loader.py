@@ -4,7 +4,9 @@ What is drawn depends on the seed, the number of samples consumed and, where sam
 never on ranks, micro-batches or workers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from megamm.batch import IGNORE, IMAGE, Batch, Sample
-from megamm.data.blend import members, open_reader
+from megamm.data.blend import members, num_tokens, open_reader
 from megamm.data.faults import SampleFault
 from megamm.data.image import ImageFormat, decode, to_views
+from megamm.data.packing import Packs
 from megamm.data.text import expand
 from megamm.errors import ConfigError, DataError, MegammError
 
@@ -26,15 +29,24 @@ FILLER = -1
 class Dataset:
     """Samples of an indexed dataset by number, as one model wants them."""
 
-    def __init__(self, prefix: str | Path, image_format: ImageFormat, max_tokens: int, with_pixels: bool = True):
+    def __init__(
+        self,
+        prefix: str | Path,
+        image_format: ImageFormat,
+        max_tokens: int,
+        with_pixels: bool = True,
+        keeps_images_whole: bool = False,
+    ):
         """`prefix`: of an indexed dataset or of a blend. `with_pixels=False`: for ranks that run no vision.embed;
-        pictures are neither read nor decoded.
+        pictures are neither read nor decoded. `keeps_images_whole`: a sample that is too long is cut in front of a
+        picture, never inside it.
 
         Raises DataError for a dataset that is not whole, or whose tiles are not of the tower's size."""
         self.reader = open_reader(prefix)
         self.image_format = image_format
         self.max_tokens = max_tokens
         self.with_pixels = with_pixels
+        self.keeps_images_whole = keeps_images_whole
         self.placeholder: list[int] | None = self.reader.info.get("placeholder")
         """The ids that stand for a picture where its visual tokens are no part of the sequence."""
         for reader in members(self.reader):
@@ -52,8 +64,7 @@ class Dataset:
     @property
     def num_tokens(self) -> np.ndarray:
         """int64 [samples]: tokens of each sample after expansion and before the cut to `max_tokens`."""
-        per_image = self.image_format.tokens if self.placeholder is None else len(self.placeholder)
-        return self.reader.num_ids + self.reader.num_images * (per_image - 1)
+        return num_tokens(self.reader, self.image_format.tokens)
 
     def __getitem__(self, i: int) -> Sample:
         """Sample `i`; FILLER is one without tokens. Raises DataError for a picture that cannot be decoded."""
@@ -61,7 +72,10 @@ class Dataset:
             ids = labels = starts = np.empty(0, dtype=np.int64)
         else:
             stored_ids, spans = self.reader.text(i)
-            ids, labels, starts = expand(stored_ids, spans, self.image_format.tokens, self.max_tokens, self.placeholder)
+            views = [count for _, count in self.reader.views(i)] if self.keeps_images_whole else None
+            ids, labels, starts = expand(
+                stored_ids, spans, self.image_format.tokens, self.max_tokens, self.placeholder, views
+            )
         return Sample(
             ids_S=torch.from_numpy(ids),
             labels_S=torch.from_numpy(labels),
@@ -133,6 +147,36 @@ def collate(
     )
 
 
+def join(samples: Sequence[Sample]) -> Sample:
+    """Samples one behind the other as one. None of their pictures may be cut: only the last of a sample could be."""
+    begins = [0, *accumulate(len(sample.ids_S) for sample in samples[:-1])]
+    labels_S = torch.cat([sample.labels_S for sample in samples])
+    labels_S[begins] = IGNORE  # nothing of a sample predicts the first token of the next
+    pixels = [sample.pixels_I3HW for sample in samples if sample.pixels_I3HW is not None]
+    starts = [sample.starts_I for sample in samples if sample.starts_I is not None]
+    return Sample(
+        ids_S=torch.cat([sample.ids_S for sample in samples]),
+        labels_S=labels_S,
+        pixels_I3HW=torch.cat(pixels) if pixels else None,
+        num_images=sum(sample.num_images for sample in samples),
+        starts_I=torch.cat([first + x for first, x in zip(begins, starts, strict=True)]) if starts else None,
+    )
+
+
+def collate_packed(samples: Sequence[Sample], **layout: Any) -> Batch:
+    """One micro-batch of one row that holds all samples, one behind the other. layout: what `collate` takes."""
+    batch = collate([join(samples)], **layout)
+    lengths = [len(sample.ids_S) for sample in samples]
+    if padding := batch.ids_BS.size(1) - sum(lengths):
+        lengths.append(padding)
+    return replace(
+        batch,
+        positions_BS=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        max_seqlen=max(lengths),
+    )
+
+
 def grouped_order(
     random: np.random.RandomState, num_tokens: np.ndarray, has_images: np.ndarray, global_batch: int, head: int = 0
 ) -> np.ndarray:
@@ -190,12 +234,15 @@ class Loader:
         prefetch: int = 4,
         pin_memory: bool = False,
         num_samples: int | None = None,
+        packs: Packs | None = None,
     ):
         """`pad_multiple`: what sequence lengths are rounded up to; tp, for sequence parallel. `shuffle`: a new order
         every epoch, or always the stored one. `group_by_modality_length`: the new order is a `grouped_order`.
         `num_workers`: processes that read and decode, each up to `prefetch` micro-batches ahead; 0: in this process.
         `pin_memory`: hand out batches in pinned memory. `num_samples`: exactly these first samples of the order (all,
         where there are fewer), each once; the last step is filled up with samples without tokens, on every rank alike.
+        `packs`: samples that share a sequence, for an endless loader; then micro-batch and global batch count packs,
+        and those of a micro-batch stand in one row.
 
         Raises ConfigError where `global_batch` does not divide, DataError where the dataset is empty.
         """
@@ -211,6 +258,8 @@ class Loader:
         self.dataset = dataset
         self.truncated = 0
         """Samples so far, on all ranks together, that were longer than `max_tokens` and lost their end."""
+        self.samples = 0
+        """Samples so far, on all ranks together."""
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._micro_batch, self._global_batch = micro_batch, global_batch
         self._pad_id, self._pad_multiple = pad_id, pad_multiple
@@ -218,6 +267,7 @@ class Loader:
         self._num_workers, self._prefetch = num_workers, prefetch
         self._pin_memory = pin_memory
         self._num_samples = None if num_samples is None else min(num_samples, len(dataset))
+        self._packs = packs
         self._consumed = 0
         self._is_cut = dataset.num_tokens > dataset.max_tokens
         self._orders: dict[int, np.ndarray] = {}
@@ -226,19 +276,22 @@ class Loader:
         """Steps from the present state on. The state moves with what was handed out, not with what was prefetched."""
         start = self._consumed
         if self._num_samples is not None:
-            start = self.truncated = 0
+            start = self.truncated = self.samples = 0
         batches = self._batches(self._micro_batches(start))
         per_step = self._global_batch // (self._dp_size * self._micro_batch)
         for first in self._steps(start):
             step = [next(batches) for _ in range(per_step)]
-            drawn = self._draw(first)
-            self.truncated += int(np.count_nonzero(self._is_cut[drawn[drawn != FILLER]]))
+            drawn = np.asarray(self._samples(self._draw(first)))
+            drawn = drawn[drawn != FILLER]
+            self.samples += len(drawn)
+            self.truncated += int(np.count_nonzero(self._is_cut[drawn]))
             self._consumed = first + self._global_batch
             yield step
 
     def state_dict(self) -> dict[str, Any]:
         """Small, plain and the same on every rank; describes the moment after the last step that was handed out."""
-        return {"consumed": self._consumed, "truncated": self.truncated, **self._identity()}
+        counts = {"consumed": self._consumed, "samples_seen": self.samples, "truncated": self.truncated}
+        return {**counts, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind what `state` describes, at the next `iter()`; ranks, micro-batch and workers may differ.
@@ -252,6 +305,7 @@ class Loader:
                     "the same, or start a new run from the checkpoint as model.pretrained"
                 )
         self._consumed, self.truncated = int(state["consumed"]), int(state["truncated"])
+        self.samples = int(state.get("samples_seen", self._consumed))  # older checkpoints knew no packs
 
     def _identity(self) -> dict[str, Any]:
         """What the order is drawn from."""
@@ -263,6 +317,7 @@ class Loader:
             "blend": self.dataset.reader.info.get("blend"),
             "group_by_modality_length": self._is_grouped,
             "global_batch": self._global_batch if self._is_grouped else None,  # a random order has no use for it
+            "packs": None if self._packs is None else self._packs.digest,
         }
 
     def _steps(self, start: int) -> Iterator[int]:
@@ -272,9 +327,9 @@ class Loader:
             start += self._global_batch
 
     def _draw(self, first: int) -> np.ndarray:
-        """int64 [global_batch]: the samples of the step that begins when `first` samples are consumed."""
+        """int64 [global_batch]: the samples, or the packs, of the step that begins when `first` are consumed."""
         at = np.arange(first, first + self._global_batch)
-        epochs, places = np.divmod(at, len(self.dataset))
+        epochs, places = np.divmod(at, self._per_epoch)
         drawn = np.empty_like(at)
         for epoch in np.unique(epochs):
             drawn[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
@@ -282,10 +337,21 @@ class Loader:
             drawn[at >= self._num_samples] = FILLER
         return drawn
 
+    @property
+    def _per_epoch(self) -> int:
+        """Samples, or packs, of an epoch."""
+        return len(self.dataset if self._packs is None else self._packs)
+
+    def _samples(self, drawn: np.ndarray) -> list[int]:
+        """The samples of what was drawn."""
+        if self._packs is None:
+            return drawn.tolist()
+        return [sample for number in drawn for sample in self._packs[number].tolist()]
+
     def _order(self, epoch: int) -> np.ndarray:
-        """int64 [samples]: every sample once."""
+        """int64: every sample, or every pack, once."""
         if epoch not in self._orders:
-            num_samples = len(self.dataset)
+            num_samples = self._per_epoch
             # RandomState, because numpy promises never to change its streams; its newer generators may.
             random = np.random.RandomState([self._seed & 0xFFFFFFFF, self._seed >> 32 & 0xFFFFFFFF, epoch])
             if self._is_grouped:
@@ -305,10 +371,11 @@ class Loader:
         """Samples of each micro-batch of this rank."""
         for first in self._steps(start):
             shares = self._draw(first).reshape(-1, self._dp_size, self._micro_batch)
-            yield from shares[:, self._dp_rank].tolist()
+            yield from map(self._samples, shares[:, self._dp_rank])
 
     def _batches(self, micro_batches: Iterable[list[int]]) -> Iterator[Batch]:
-        fetch = _Fetch(self.dataset, self._pad_id, self._pad_multiple)
+        put_together = collate if self._packs is None else collate_packed
+        fetch = _Fetch(self.dataset, self._pad_id, self._pad_multiple, put_together)
         results: DataLoader[Any] = DataLoader(
             fetch,  # type: ignore[arg-type]
             sampler=micro_batches,
@@ -337,14 +404,15 @@ class Loader:
 class _Fetch:
     """Numbers of samples -> Batch, in a worker. Returns a MegammError: raised there, it would arrive as a traceback."""
 
-    def __init__(self, dataset: Dataset, pad_id: int, pad_multiple: int):
+    def __init__(self, dataset: Dataset, pad_id: int, pad_multiple: int, put_together: Callable[..., Batch]):
         self._dataset = dataset
+        self._put_together = put_together
         self._pad_id = pad_id
         self._pad_multiple = pad_multiple
 
     def __getitem__(self, samples: list[int]) -> Batch | MegammError:
         try:
-            return collate(
+            return self._put_together(
                 [self._dataset[i] for i in samples],
                 pad_id=self._pad_id,
                 pad_multiple=self._pad_multiple,

@@ -63,11 +63,12 @@ def expand(
     tokens_per_image: int,
     max_tokens: int,
     placeholder: Sequence[int] | None = None,
+    views: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids and labels, int64 [S], with what stands for a picture in place of every IMAGE, and where each picture begins
     that begins inside, int64 [I]: `tokens_per_image` times IMAGE, or, where a model's visual tokens are no part of its
-    sequence, the ordinary ids of a `placeholder`. Cut to `max_tokens` after that; the cut may fall inside a picture, as
-    theirs."""
+    sequence, the ordinary ids of a `placeholder`. Cut to `max_tokens` after that: in front of the picture in which the
+    cut would fall, where `views` says of how many IMAGE each picture consists; else inside it, as theirs."""
     is_target = np.zeros(len(ids), dtype=bool)
     for start, end in spans:
         is_target[start:end] = True
@@ -78,7 +79,12 @@ def expand(
     starts = (np.cumsum(repeats) - repeats)[is_image]
     expanded = np.repeat(ids.astype(np.int64), repeats)
     expanded[(starts[:, None] + np.arange(len(picture))).ravel()] = np.tile(picture, len(starts))
-    return expanded[:max_tokens], np.repeat(labels, repeats)[:max_tokens], starts[starts < max_tokens]
+    end = max_tokens
+    if views is not None:
+        behind = np.cumsum(views, dtype=np.int64)
+        firsts, ends = starts[behind - np.asarray(views, np.int64)], starts[behind - 1] + len(picture)
+        end = min([end, *firsts[(firsts < end) & (end < ends)]])
+    return expanded[:end], np.repeat(labels, repeats)[:end], starts[starts < end]
 
 
 def _place_markers(turns: list[Turn], num_images: int, marker: str) -> list[Turn]:

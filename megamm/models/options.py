@@ -174,6 +174,11 @@ class VlmOptions:
     tower_hf: dict[str, Any] | None = field(default=None, repr=False)
     """The vision tower's own config.json, word for word, where these options were read from that, too."""
 
+    @property
+    def max_sample_tokens(self) -> int:
+        """Tokens that a sample may have: the positions of the llm, or more where config.json says so."""
+        return max(self.llm.max_positions, self.max_tokens or 0)
+
     def reads_features(self, unit: str) -> bool:
         """Whether that unit of the llm reads the visual tokens, beside the hidden states that they were placed in."""
         if self.has_visual_words and unit == "llm.head":

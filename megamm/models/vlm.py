@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_viewless_tensor
@@ -31,6 +32,16 @@ from megamm.models.spec import PartConfigs
 from megamm.models.vision.vit import VisionTower, select_features
 from megamm.parallel import carry
 from megamm.parallel.placement import Stage
+
+
+def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
+    """Which tokens of a packed row see each other, as megatron-core wants to know it; None for rows of one sample."""
+    if batch.cu_seqlens is None:
+        return None
+    bounds, longest = batch.cu_seqlens, batch.max_seqlen
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 class VLM(MegatronModule):
@@ -177,6 +188,7 @@ class VLM(MegatronModule):
             attention_mask=None,
             decoder_input=x_SBH if self.llm.pre_process else None,
             labels=None if keep_logits else batch.targets_BS.clamp(min=0),
+            packed_seq_params=packed_seq_params(batch),
             extra_block_kwargs=side,
         )
         if self.words is None or keep_logits or not self.llm.post_process:

@@ -14,6 +14,7 @@ from megamm.batch import Batch
 from megamm.config.load import freeze as freeze_config
 from megamm.config.schema import Config
 from megamm.data.loader import Dataset, Loader
+from megamm.data.packing import Packs
 from megamm.errors import MegammError
 from megamm.log import get_logger
 from megamm.models.build import build_stages
@@ -66,7 +67,7 @@ def run(config: Config, found: Plan, ranks: Ranks) -> float:
     if now.step >= found.num_steps:
         log.info("nothing to do: %s has all %d steps", now.side_files, found.num_steps)
         return math.nan
-    per_step = config.train.global_batch
+    per_step = config.train.global_batch * found.samples_per_sequence
     meter = Meter(
         config.checkpoint.dir,
         found.num_steps,
@@ -102,7 +103,7 @@ def run(config: Config, found: Plan, ranks: Ranks) -> float:
             lr=lr,
             tokens=tokens,
             images=images,
-            samples=now.data.state_dict()["consumed"],
+            samples=now.data.samples,
             step_s=step_s,
             data_wait_s=data_wait_s,
             eval_loss=eval_loss,
@@ -112,7 +113,7 @@ def run(config: Config, found: Plan, ranks: Ranks) -> float:
             now.save()
     meter.close()
     if now.data.truncated:
-        log.info("%d samples were longer than data.max_tokens %d and cut", now.data.truncated, config.data.max_tokens)
+        log.info("%d samples were longer than %d tokens and cut", now.data.truncated, now.data.dataset.max_tokens)
     return result.loss
 
 
@@ -162,14 +163,21 @@ def evaluate_at(config: Config, found: Plan, ranks: Ranks, stages: Stages, step:
 
 def train_loader(config: Config, found: Plan, ranks: Ranks) -> Loader:
     """The endless loader of the training data for this rank."""
-    return _loader(config, found, ranks, config.data.path, None)
+    return _loader(config, found, ranks, config.data.path, None, found.packs)
 
 
-def _loader(config: Config, found: Plan, ranks: Ranks, path: str, num_samples: int | None) -> Loader:
+def _loader(
+    config: Config, found: Plan, ranks: Ranks, path: str, num_samples: int | None, packs: Packs | None = None
+) -> Loader:
     """num_samples: one pass over so many samples in the stored order; None: endless, in the training order."""
-    with_pixels = any(stage.has("vision.embed") and stage.pp_rank == ranks.pp_rank for stage in found.layout.stages)
     return Loader(
-        Dataset(path, image_format(found.options, config.data), config.data.max_tokens, with_pixels),
+        Dataset(
+            path,
+            image_format(found.options, config.data),
+            min(config.data.max_tokens, found.options.max_sample_tokens),
+            any(stage.has("vision.embed") and stage.pp_rank == ranks.pp_rank for stage in found.layout.stages),
+            keeps_images_whole=config.data.packing,
+        ),
         dp_rank=ranks.dp_rank,
         dp_size=ranks.dp,
         micro_batch=config.train.micro_batch,
@@ -183,6 +191,7 @@ def _loader(config: Config, found: Plan, ranks: Ranks, path: str, num_samples: i
         num_workers=config.data.num_workers if num_samples is None else 0,
         pin_memory=backend.current().pins_memory,
         num_samples=num_samples,
+        packs=packs,
     )
 
 

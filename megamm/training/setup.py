@@ -17,9 +17,11 @@ import numpy as np
 from megamm.config.check import find_problems
 from megamm.config.frozen import TEXT_WAY, num_frozen_layers
 from megamm.config.schema import PARTS, Checkpoint, Config, Data, Loss
-from megamm.data.blend import Blend, members, open_reader
+from megamm.data.blend import Blend, members, num_tokens, open_reader
 from megamm.data.image import ImageFormat
 from megamm.data.indexed import Reader
+from megamm.data.packing import Packs, find_packs
+from megamm.data.packing import Sizes as PackSizes
 from megamm.data.tokenizer_files import tokenizer_hash
 from megamm.errors import CheckpointError, ConfigError, MegammError
 from megamm.log import get_logger
@@ -52,6 +54,10 @@ class Plan:
     dp: int
     num_samples: int | None
     """Samples of the dataset; None where it is absent (a dry run)."""
+    packs: Packs | None
+    """The samples of each sequence, with `data.packing`; else every sample is a sequence."""
+    samples_per_sequence: float
+    """Their mean number."""
     num_steps: int
     """Optimizer steps; 0 where neither `train.steps` nor a dataset says (a dry run)."""
 
@@ -88,8 +94,80 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
         if path and (needs_files or Path(f"{path}.json").exists()):
             with _noted(problems, f"{name}: "):
                 readers[name] = open_reader(path)
-    if needs_files:
-        problems += _run_dir_problems(config.checkpoint)
+    problems += _start_problems(config, needs_files, has_model=model is not None)
+    if model is None:
+        raise ConfigError(problems)
+
+    of_sizes = _size_problems(config, model.options)
+    problems += of_sizes
+    if not of_config and not of_sizes:
+        problems += _interleaving_problems(
+            config, choose_layout(config.parallel, _names_only(model.options)), world_size
+        )
+    problems += _part_problems(config, model.options)
+    problems += _length_problems(config, model.options)
+    for name, reader in readers.items():
+        for member in members(reader):
+            problems += _data_problems(name, member, model)
+    resumed = newest(config.checkpoint.dir)
+    if resumed is not None and config.checkpoint.resume:
+        with _noted(problems, "checkpoint.dir: "):
+            check_same_model(resumed, model.info)
+            check_same_frozen(resumed, config.train.freeze)
+    data = readers.get("data.path")
+    packs: Packs | None = None
+    if config.data.packing and data is not None and not problems:
+        with _noted(problems, "data.packing: "):
+            packs = find_packs(
+                data, pack_sizes(config, model.options), config.train.seed if config.data.shuffle else None
+            )
+    if problems:
+        raise ConfigError(problems)
+    return _planned(config, model, data, packs, dp=world_size // (config.parallel.tp * config.parallel.pp))
+
+
+def _planned(config: Config, model: "_Model", data: Reader | Blend | None, packs: Packs | None, dp: int) -> Plan:
+    """The plan of a run that nothing keeps from running."""
+    options, train = model.options, config.train
+    sample_tokens, images = _mean_sample(options, config.data, data)
+    per_sequence = 1.0
+    if packs is not None:
+        per_sequence = len(packs.samples) / len(packs)
+    elif config.data.packing:  # no data, in a dry run: one full sample
+        per_sequence = config.data.max_tokens / sample_tokens
+    flat = units(
+        options,
+        num_tokens=sample_tokens * per_sequence * train.micro_batch,
+        num_images=images * per_sequence * train.micro_batch,
+        seq_length=sample_tokens,
+        bytes_per_value=4 if train.precision == "fp32" else 2,
+    )
+    num_samples = len(data) if data is not None else None
+    num_samples = None if data is None else len(data)
+    num_sequences = num_samples if packs is None else len(packs)
+    return Plan(
+        family=model.family,
+        options=options,
+        info=model.info,
+        start=model.start,
+        units=flat,
+        layout=choose_layout(config.parallel, flat, frozen=train.freeze, recompute=train.recompute == "full"),
+        dp=dp,
+        num_samples=num_samples,
+        packs=packs,
+        samples_per_sequence=per_sequence,
+        num_steps=train.steps or math.ceil(train.epochs * (num_sequences or 0) / train.global_batch),
+    )
+
+
+def _names_only(options: VlmOptions) -> list[Unit]:
+    """The flat list where costs do not matter."""
+    return units(options, num_tokens=1, num_images=1, seq_length=1)
+
+
+def _start_problems(config: Config, needs_files: bool, has_model: bool) -> list[str]:
+    """Whether there is something to start from, and a directory to write to."""
+    problems = _run_dir_problems(config.checkpoint) if needs_files else []
     pretrained = config.model.pretrained
     resumed = newest(config.checkpoint.dir)
     goes_on = resumed is not None and config.checkpoint.resume
@@ -98,65 +176,27 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
             f"checkpoint.dir={config.checkpoint.dir} holds {resumed.name} of an earlier run, and checkpoint.resume is "
             "False: choose another checkpoint.dir, or remove that run"
         )
-    if pretrained is not None and not Path(pretrained).exists() and not goes_on and (needs_files or model is None):
+    if pretrained is not None and not Path(pretrained).exists() and not goes_on and (needs_files or not has_model):
         problems.append(
             f"model.pretrained={pretrained}: there is no such checkpoint. Make it with tools/checkpoint/"
             "hf_to_megatron.py, or drop it (--model.pretrained None) and give model.config to draw the weights"
         )
-    if model is None:
-        raise ConfigError(problems)
+    return problems
 
-    options = model.options
-    if min(config.parallel.tp, config.parallel.pp, config.parallel.virtual_stages) >= 1:
-        names_only = units(options, num_tokens=1, num_images=1, seq_length=1)
-        of_sizes = find_size_problems(config.parallel, part_sizes(options), names_only)
-        problems += of_sizes
-        if not of_config and not of_sizes:
-            problems += _interleaving_problems(config, choose_layout(config.parallel, names_only), world_size)
-    problems += _part_problems(config, options)
-    if config.data.max_tokens > (longest := max(options.llm.max_positions, options.max_tokens or 0)):
-        problems.append(
-            f"data.max_tokens={config.data.max_tokens}: the model was made for {longest} positions; give at most that"
-        )
-    for part, layers in (("vision", options.vision.num_layers), ("llm", options.llm.num_layers)):
-        if (first := num_frozen_layers(part, config.train.freeze)) > layers:
-            problems.append(f"train.freeze={part}[:{first}]: the {part} has {layers} layers; give at most {layers}")
-    if TEXT_WAY in config.train.freeze and not options.llm.is_modality_adaptive and options.llm.hyper is None:
-        problems.append(f"train.freeze={TEXT_WAY}: this llm has no weights for visual tokens only; give llm instead")
-    for name, reader in readers.items():
-        for member in members(reader):
-            problems += _data_problems(name, member, model)
-    if resumed is not None and config.checkpoint.resume:
-        with _noted(problems, "checkpoint.dir: "):
-            check_same_model(resumed, model.info)
-            check_same_frozen(resumed, config.train.freeze)
-    if problems:
-        raise ConfigError(problems)
 
-    data = readers.get("data.path")
-    tokens, images = _mean_sample(options, config.data, data)
-    flat = units(
-        options,
-        num_tokens=tokens * config.train.micro_batch,
-        num_images=images * config.train.micro_batch,
-        seq_length=tokens,
-        bytes_per_value=4 if config.train.precision == "fp32" else 2,
-    )
-    num_samples = len(data) if data is not None else None
-    by_epochs = math.ceil(config.train.epochs * (num_samples or 0) / config.train.global_batch)
-    return Plan(
-        family=model.family,
-        options=options,
-        info=model.info,
-        start=model.start,
-        units=flat,
-        layout=choose_layout(
-            config.parallel, flat, frozen=config.train.freeze, recompute=config.train.recompute == "full"
-        ),
-        dp=world_size // (config.parallel.tp * config.parallel.pp),
-        num_samples=num_samples,
-        num_steps=config.train.steps or by_epochs,
-    )
+def _size_problems(config: Config, options: VlmOptions) -> list[str]:
+    """Whether the model's sizes can be divided so."""
+    if min(config.parallel.tp, config.parallel.pp, config.parallel.virtual_stages) < 1:
+        return []  # which is a problem of its own
+    return find_size_problems(config.parallel, part_sizes(options), _names_only(options))
+
+
+def _length_problems(config: Config, options: VlmOptions) -> list[str]:
+    """Whether the model has as many positions as a sample may get; packed, a sample gets no more than it has."""
+    longest = options.max_sample_tokens
+    if config.data.max_tokens <= longest or config.data.packing:
+        return []
+    return [f"data.max_tokens={config.data.max_tokens}: the model was made for {longest} positions; give at most that"]
 
 
 def _part_problems(config: Config, options: VlmOptions) -> list[str]:
@@ -169,6 +209,11 @@ def _part_problems(config: Config, options: VlmOptions) -> list[str]:
         )
     if set(options.parts) <= set(freeze):
         problems.append(f"train.freeze={', '.join(freeze)} leaves nothing to train; leave out one of them")
+    for part, layers in (("vision", options.vision.num_layers), ("llm", options.llm.num_layers)):
+        if (first := num_frozen_layers(part, freeze)) > layers:
+            problems.append(f"train.freeze={part}[:{first}]: the {part} has {layers} layers; give at most {layers}")
+    if TEXT_WAY in freeze and not options.llm.is_modality_adaptive and options.llm.hyper is None:
+        problems.append(f"train.freeze={TEXT_WAY}: this llm has no weights for visual tokens only; give llm instead")
     if not options.has_visual_words and config.loss != Loss():
         changed = [f.name for f in fields(Loss) if getattr(config.loss, f.name) != getattr(Loss(), f.name)]
         problems.append(
@@ -199,6 +244,15 @@ def part_sizes(options: VlmOptions) -> dict[str, Sizes]:
         "projector": Sizes(heads=projector.num_heads or None, ffn=projector.ffn_size or None),
         "llm": Sizes(heads=llm.num_heads, groups=llm.num_groups, ffn=llm.ffn_size, vocab=llm.padded_vocab_size),
     }
+
+
+def pack_sizes(config: Config, options: VlmOptions) -> PackSizes:
+    """How long samples and packs may be."""
+    return PackSizes(
+        capacity=config.data.max_tokens,
+        sample_tokens=options.max_sample_tokens,
+        tokens_per_image=options.tokens_per_image,
+    )
 
 
 def image_format(options: VlmOptions, data: Data) -> ImageFormat:
@@ -301,9 +355,8 @@ def _run_dir_problems(checkpoint: Checkpoint) -> list[str]:
 
 def _mean_sample(options: VlmOptions, data: Data, reader: Reader | Blend | None) -> tuple[float, float]:
     """Mean tokens, after the cut, and mean images of a sample; without data a full sequence with one picture."""
+    longest = min(data.max_tokens, options.max_sample_tokens)
     if reader is None or not len(reader):
-        return float(data.max_tokens), 1.0
-    placeholder = reader.info.get("placeholder")
-    per_image = options.tokens_per_image if placeholder is None else len(placeholder)
-    tokens = reader.num_ids + reader.num_images * (per_image - 1)
-    return float(np.minimum(tokens, data.max_tokens).mean()), float(reader.num_images.mean())
+        return float(longest), 1.0
+    tokens = np.minimum(num_tokens(reader, options.tokens_per_image), longest)
+    return float(tokens.mean()), float(reader.num_images.mean())

@@ -9,7 +9,8 @@ import torch
 from megamm.batch import IGNORE, IMAGE
 from megamm.data.image import ImageFormat, decode, to_pixels
 from megamm.data.indexed import Writer
-from megamm.data.loader import FILLER, Dataset, Loader, collate, grouped_order
+from megamm.data.loader import FILLER, Dataset, Loader, collate, collate_packed, grouped_order
+from megamm.data.packing import pack
 from megamm.errors import ConfigError, DataError
 
 TOKENS, SIZE, PAD = 4, 8, 0
@@ -246,6 +247,83 @@ def test_grouped_order_never_changes(make_dataset):
     assert [i - 1000 for i in stream] == [7, 2, 3, 0, 4, 1, 8, 5, 6, 4, 8, 7, 5, 1, 6, 3, 2, 0]
 
 
+def test_a_packed_batch_is_one_row_of_samples(make_dataset):
+    source = Dataset(make_dataset(4), FORMAT, 10, keeps_images_whole=True)
+    samples = [source[i] for i in (3, 0, 2, 1)]  # of 7, 4, 10 and 10 tokens; the third is cut behind its pictures
+    options = {"pad_id": PAD, "tokens_per_image": TOKENS, "with_pixels": True, "image_size": SIZE}
+    batch = collate_packed(samples, pad_multiple=4, **options)
+    lengths = [len(sample.ids_S) for sample in samples]
+    assert batch.ids_BS.shape == batch.targets_BS.shape == batch.positions_BS.shape == (1, 32)
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens.tolist() == [0, 7, 11, 21, 31, 32]
+    assert batch.max_seqlen == 10 and batch.num_tokens == 31 and batch.num_images == 3
+    alone = [collated([sample]) for sample in samples]
+    for name in ("ids_BS", "targets_BS", "positions_BS"):
+        assert torch.equal(getattr(batch, name)[:, :31], torch.cat([getattr(one, name) for one in alone], dim=1)), name
+    assert batch.positions_BS[0, 31] == 0 and batch.targets_BS[0, 31] == IGNORE
+    firsts = np.cumsum([0, *lengths])
+    assert batch.starts_BM.tolist() == [[firsts[2] + 1, firsts[2] + 6, firsts[3] + 1]]
+    assert torch.equal(batch.pixels_I3HW, torch.cat([sample.pixels_I3HW for sample in samples]))
+    assert (batch.ids_BS.flatten()[batch.slots_K] == IMAGE).all()
+    assert batch.rows_K.tolist() == list(range(len(batch.slots_K)))
+
+
+def test_what_stays_of_a_packed_sample_has_its_pictures_whole(make_dataset):
+    """1002, picture of 4, 7, picture of 4, 7, 100 ...: a cut at 7 would leave one token of the second picture."""
+    prefix = make_dataset(3)
+    for max_tokens, kept in ((16, 16), (10, 10), (9, 6), (7, 6), (6, 6), (5, 5), (4, 1), (1, 1)):
+        sample = Dataset(prefix, FORMAT, max_tokens, keeps_images_whole=True)[2]
+        assert len(sample.ids_S) == len(sample.labels_S) == kept, max_tokens
+        assert (sample.ids_S == IMAGE).sum() == TOKENS * sample.num_images == TOKENS * len(sample.pixels_I3HW)
+
+
+def packed_loader(prefix, seed=5, **options):
+    source = Dataset(prefix, FORMAT, 40, keeps_images_whole=True)
+    return loader(prefix, dataset=source, seed=seed, packs=pack(source.num_tokens, 40, seed), **options)
+
+
+def names(step):
+    """Which samples a packed step holds, in order."""
+    return [i for batch in step for i in batch.ids_BS.flatten().tolist() if i >= 1000]
+
+
+def test_packs_are_dealt_out_alike_at_any_layout_and_every_sample_comes_once(make_dataset):
+    prefix = make_dataset(23)
+    one = packed_loader(prefix, global_batch=4)
+    num_packs = len(pack(one.dataset.num_tokens, 40, 5))
+    assert 8 <= num_packs < 20
+    steps = take(one, num_packs)  # four epochs
+    expected = [names(step) for step in steps]
+    assert sorted(sum(expected, [])) == sorted(list(range(1000, 1023)) * 4)
+    assert one.samples == one.state_dict()["samples_seen"] == 4 * 23
+    assert all(batch.ids_BS.shape == (1, batch.num_tokens) for step in steps for batch in step)
+    for dp_size, micro_batch in ((1, 4), (2, 1), (2, 2), (4, 1)):
+        options = {"dp_size": dp_size, "micro_batch": micro_batch, "global_batch": 4}
+        ranks = [take(packed_loader(prefix, dp_rank=rank, **options), num_packs) for rank in range(dp_size)]
+        for i, step in enumerate(expected):
+            assert sorted(sum((names(rank[i]) for rank in ranks), [])) == sorted(step)
+
+
+def test_packs_resume_exactly_with_other_ranks_and_workers(make_dataset):
+    prefix = make_dataset(23)
+    whole = take(packed_loader(prefix, micro_batch=2), 9)
+    running = packed_loader(prefix, dp_size=2, dp_rank=1, num_workers=2)
+    take(running, 4)
+    resumed = packed_loader(prefix, micro_batch=2, num_workers=1)
+    resumed.load_state_dict(running.state_dict())
+    for a, b in zip(sum(whole[4:], []), sum(take(resumed, 5), []), strict=True):
+        assert same(a, b) and torch.equal(a.pixels_I3HW, b.pixels_I3HW) and torch.equal(a.cu_seqlens, b.cu_seqlens)
+
+
+def test_other_packs_are_another_order(make_dataset):
+    prefix = make_dataset(23)
+    state = packed_loader(prefix).state_dict()
+    with pytest.raises(DataError, match="resume: the checkpoint read its data with packs = .*, this run has None"):
+        loader(prefix, seed=5).load_state_dict(state)
+    source = dataset(prefix, max_tokens=40)
+    with pytest.raises(DataError, match="resume: .* packs"):
+        loader(prefix, dataset=source, seed=5, packs=pack(source.num_tokens, 50, 5)).load_state_dict(state)
+
+
 def test_a_global_batch_may_span_epochs(make_dataset):
     steps = take(loader(make_dataset(3), global_batch=8), 3)
     stream = sum((first_ids(step) for step in steps), [])
@@ -259,8 +337,8 @@ def test_resume_is_exact_with_other_ranks_and_workers(make_dataset):
     take(running, 4)
     state = running.state_dict()
     identity = {"seed": 5, "shuffle": True, "samples": 13, "group_by_modality_length": False, "global_batch": None}
-    data = {"bytes": Path(f"{prefix}.bin").stat().st_size, "blend": None}
-    assert state == {"consumed": 16, "truncated": 0} | identity | data
+    data = {"bytes": Path(f"{prefix}.bin").stat().st_size, "blend": None, "packs": None}
+    assert state == {"consumed": 16, "samples_seen": 16, "truncated": 0} | identity | data
     resumed = loader(prefix, seed=5, micro_batch=2)
     resumed.load_state_dict(state)
     for a, b in zip(sum(whole[4:], []), sum(take(resumed, 5), []), strict=True):

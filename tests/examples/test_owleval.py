@@ -67,6 +67,13 @@ def run(*words: object, directory: Path) -> str:
     return done.stdout
 
 
+def first_and_last(log: Path) -> tuple[float, float]:
+    """Mean losses of the first and of the last five of 30 steps."""
+    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    assert len(losses) == 30
+    return sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+
+
 def test_a_model_of_20_million_parameters_learns_from_real_photographs(tmp_path):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
@@ -90,14 +97,23 @@ def test_a_model_of_20_million_parameters_learns_from_real_photographs(tmp_path)
             height, width, channels = decode(reader.image(document, image)).shape
             assert min(height, width) > 100 and channels == 3
 
+    packed = run(ROOT / "data_tools/pack.py", "owleval", "--max-tokens", 4096, directory=tmp_path)
+    assert float(packed.split(" tokens fill ")[1].split("%")[0]) >= 97.0
+
     shown = run("-m", "megamm.train", "recipe.py", "--dry-run", directory=tmp_path)
     assert "4 ranks = tp 2 x pp 2 x dp 1" in shown
     run(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4, "-m", "megamm.train", "recipe.py",
         directory=tmp_path,
     )  # fmt: skip
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert len(losses) == 30
-    first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+    first, last = first_and_last(tmp_path / "run/log.jsonl")
     print(f"mean loss of the first five steps {first:.3f}, of the last five {last:.3f}")
+    assert last <= first - 0.5
+
+    run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4, "-m", "megamm.train", "recipe.py",
+        "--data.packing", "--data.max-tokens", 512, "--train.global-batch", 4, "--train.micro-batch", 2,
+        "--checkpoint.dir", "packed", directory=tmp_path,
+    )  # fmt: skip
+    first, last = first_and_last(tmp_path / "packed/log.jsonl")
     assert last <= first - 0.5

@@ -10,10 +10,11 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megamm import backend
 from megamm.config.schema import Config
+from megamm.data.loader import collate, collate_packed
 from megamm.models.build import build_stages
 from megamm.models.parameters import canonical_parameters, draw, freeze
 from megamm.parallel import groups
-from megamm.training import loop
+from megamm.training import checkpoint, loop
 from megamm.training.loop import run
 from megamm.training.meter import LOG
 from megamm.training.optim import wrap
@@ -96,6 +97,41 @@ def gradients(config: Config) -> dict[str, torch.Tensor | None]:
         stage.zero_grad_buffer()
     run_pipeline(wrapped, next(iter(loop.train_loader(config, found, ranks)))[:1])
     return {name: getattr(p, "main_grad", None) for name, p in canonical_parameters(stages)}
+
+
+def packed_and_apart(config: Config, groups_of: list[list[int]]) -> tuple[list[float], dict[str, list[float]]]:
+    """Loss and gradients of the same samples, each list of them in one row and in rows of their own, without an
+    optimizer between -> both losses, packed first, and for each parameter of this rank the norms of its gradient
+    and of the difference."""
+    found = plan(config, groups.world_size())
+    backend.start("cpu")
+    groups.start_distributed()
+    ranks = groups.start(config.parallel, found.layout, config.train.seed)
+    table = found.family.keys[found.info.dialect](found.options)
+    stages = build_stages(found.options, found.build(config), table)
+    checkpoint.load_weights(found.start, stages, found.info)
+    wrapped = wrap(stages, distributed_optimizer=False)
+    dataset = loop.train_loader(config, found, ranks).dataset
+    losses, gradients = [], []
+    for put_together in (collate_packed, collate):
+        for stage in wrapped:
+            stage.zero_grad_buffer()
+        batches = [
+            put_together(
+                [dataset[i] for i in numbers],
+                pad_id=0,
+                pad_multiple=config.parallel.tp,
+                tokens_per_image=found.options.tokens_per_image,
+                with_pixels=dataset.with_pixels,
+                image_size=found.options.vision.image_size,
+            )
+            for numbers in groups_of
+        ]
+        losses.append(mean_loss(run_pipeline(wrapped, batches))[0])
+        gradients.append({name: p.main_grad.clone() for name, p in canonical_parameters(stages)})
+    packed, apart = gradients
+    norms = {name: [x.norm().item() for x in (g, packed[name] - g)] for name, g in apart.items()}
+    return losses, norms
 
 
 def repeat(config: Config, times: int) -> list[tuple[float, float]]:

@@ -47,7 +47,7 @@ def start(name: str, source: Path, image_dir: Path, directory: Path) -> Config:
     return Config(
         model=Model(family=name, pretrained=str(directory / "start")),
         data=Data(path=str(directory / "train"), max_tokens=160, num_workers=0),
-        optim=Optim(lr=3e-3, warmup=0.1),
+        optim=Optim(lr=5e-4, warmup=0.1),
         train=Train(global_batch=4, micro_batch=2, steps=20, precision="fp32"),
         checkpoint=Checkpoint(dir="set by each run", every_steps=0),
     )
@@ -63,8 +63,8 @@ def check(config: Config, pool, directory: Path) -> None:
     assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5]) - 0.5, "it does not learn"
     for name, (parallel, ranks) in LAYOUTS.items():
         for mine, one in zip(run(parallel, ranks), expected, strict=True):
-            assert mine["loss"] == pytest.approx(one["loss"], rel=1e-4), f"{name}, step {one['step']}"
-            assert mine["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3), f"{name}, step {one['step']}"
+            assert mine["loss"] == pytest.approx(one["loss"], abs=1e-5), f"{name}, step {one['step']}"
+            assert mine["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4), f"{name}, step {one['step']}"
 
 
 @pytest.mark.slow

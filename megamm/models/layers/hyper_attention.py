@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd, apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
     copy_to_tensor_model_parallel_region,
@@ -71,21 +72,31 @@ class HyperAttention(SelfAttention):
         starts_BM: Tensor,
         rotary_pos_emb: Tensor,
         attention_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Normalised hidden states and visual tokens (both [/ tp] under sequence parallelism) -> [S, B, H] and a bias
-        or None. `starts_BM` as in `Batch`; `rotary_pos_emb` [S, 1, 1, D]: the angles of each position."""
+        or None. `starts_BM` as in `Batch`; `rotary_pos_emb` [S, 1, 1, D]: the angles of each position; of a packed row
+        those of its longest sample."""
         query_SBND, key_SBGD, value_SBGD = self.get_query_key_value_tensors(x_SBH)
+        tokens_S = torch.arange(query_SBND.size(0), device=starts_BM.device)
+        samples_S: Tensor | None = None
+        if packed_seq_params is not None:
+            bounds = packed_seq_params.cu_seqlens_q
+            samples_S = torch.searchsorted(bounds, tokens_S, right=True, out_int32=True) - 1
+            rotary_pos_emb = rotary_pos_emb.index_select(0, tokens_S - bounds[samples_S])
         query_SBND, key_SBGD = (
             apply_rotary_pos_emb(x, rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp)
             for x in (query_SBND, key_SBGD)
         )
-        length = query_SBND.size(0)
-        first_BM = starts_BM + self.hyper.delay
         images_KBGD = self.image_keys_values(features_R1H, starts_BM, rotary_pos_emb)
-        tokens = torch.arange(length, device=starts_BM.device)
-        sees_BSM = first_BM.unsqueeze(1) <= tokens.unsqueeze(1)
+        sees_BSM = (starts_BM + self.hyper.delay).unsqueeze(1) <= tokens_S.unsqueeze(1)
+        if samples_S is not None:
+            of_image_BM = samples_S[starts_BM.clamp(max=len(samples_S) - 1)]
+            sees_BSM &= of_image_BM.unsqueeze(1) == samples_S.unsqueeze(1)
         if self.gate is None:
-            is_causal_SS = tokens <= tokens.unsqueeze(1)
+            is_causal_SS = tokens_S <= tokens_S.unsqueeze(1)
+            if samples_S is not None:
+                is_causal_SS &= samples_S == samples_S.unsqueeze(1)
             mask_BSK = sees_BSM.repeat_interleave(self.hyper.tokens_per_image, dim=2)
             mask_BSK = torch.cat([mask_BSK, is_causal_SS.expand(len(starts_BM), -1, -1)], dim=2)
             key_KBGD, value_KBGD = (
@@ -93,8 +104,11 @@ class HyperAttention(SelfAttention):
                 for of_images, of_text in zip(images_KBGD, (key_SBGD, value_SBGD), strict=True)
             )
             return self.linear_proj(attend(query_SBND, key_KBGD, value_KBGD, mask_BSK).flatten(2))
+        of_text = (query_SBND, key_SBGD, value_SBGD)
+        if packed_seq_params is not None:  # megatron-core's packed layout has no B
+            of_text = tuple(x.squeeze(1) for x in of_text)
         text_SBND = self.core_attention(
-            query_SBND, key_SBGD, value_SBGD, attention_mask, attn_mask_type=self.attn_mask_type
+            *of_text, attention_mask, attn_mask_type=self.attn_mask_type, packed_seq_params=packed_seq_params
         ).view_as(query_SBND)
         sees_any_BS1 = sees_BSM.any(dim=2, keepdim=True)
         # A token that sees no picture looks at all of them instead of none, whose softmax is not a number; its gate is
@@ -158,6 +172,7 @@ class HyperLayer(TransformerLayer):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
         """`context`: visual tokens [R, 1, H], zero padded and [/ tp] under sequence parallelism, so that each rank
@@ -170,6 +185,7 @@ class HyperLayer(TransformerLayer):
             context_mask,
             rotary_pos_emb,
             attention_mask,
+            packed_seq_params,
         )
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)

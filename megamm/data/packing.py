@@ -1,0 +1,201 @@
+"""Which samples share a sequence. Lengths only; the loader lays the samples out."""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections import deque
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from megamm.data.blend import Blend, num_tokens
+from megamm.data.indexed import Reader, writing
+from megamm.errors import DataError
+
+WINDOW = 1024
+"""Samples among which those that fit together are sought."""
+
+
+class Packs:
+    """Lists of samples by number; every sample is in exactly one."""
+
+    def __init__(self, samples: np.ndarray, bounds: np.ndarray):
+        """samples: int64 [samples], pack after pack. bounds: int64 [packs + 1], where each begins and the last ends."""
+        self.samples, self.bounds = samples, bounds
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """int64: the samples of a pack, in the order in which they stand in it."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"{len(self)} packs, not one numbered {number}")
+        return self.samples[self.bounds[number] : self.bounds[number + 1]]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what is in which pack."""
+        return hashlib.sha256(self.samples.tobytes() + self.bounds.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """What the lengths of samples and packs depend on, beside the dataset."""
+
+    capacity: int
+    """Tokens of a pack, at most."""
+    sample_tokens: int
+    """Tokens of a sample, at most; what is longer is cut when it is read."""
+    tokens_per_image: int
+    """Visual tokens of a picture that stands in the sequence."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sample keeps at most."""
+        return min(self.sample_tokens, self.capacity)
+
+    def lengths(self, reader: Reader | Blend) -> np.ndarray:
+        """int64 [samples]: tokens of each sample, after the cut."""
+        return np.minimum(num_tokens(reader, self.tokens_per_image), self.longest)
+
+
+def find_packs(reader: Reader | Blend, sizes: Sizes, seed: int | None) -> Packs:
+    """The packs that lie beside a dataset, else made here: some seconds for every 100,000 samples.
+
+    Raises DataError where those were made of another dataset or for other sizes, or are damaged."""
+    path = packs_path(reader, sizes.capacity)
+    if not path.exists():
+        return pack(sizes.lengths(reader), sizes.capacity, seed)
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            made_of, packs = json.loads(str(content["made_of"])), Packs(content["samples"], content["bounds"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path}: not readable ({error}); remove it, or write it again with data_tools/pack.py"
+        ) from error
+    here = _made_of(reader, sizes)
+    if different := [f"{made_of.get(key)} {key}, not {here[key]}" for key in here if made_of.get(key) != here[key]]:
+        raise DataError(
+            f"{path} was made for {', '.join(different)}; remove it, or write it again with data_tools/pack.py"
+        )
+    return packs
+
+
+def write_packs(reader: Reader | Blend, sizes: Sizes, seed: int | None) -> Packs:
+    """Pack a dataset and write the packs beside it, where `find_packs` looks. Raises DataError where it cannot."""
+    packs, path = pack(sizes.lengths(reader), sizes.capacity, seed), packs_path(reader, sizes.capacity)
+    aside = path.with_name(path.name + ".tmp")
+    with writing(path):
+        with aside.open("wb") as file:
+            np.savez(file, samples=packs.samples, bounds=packs.bounds, made_of=json.dumps(_made_of(reader, sizes)))
+        os.replace(aside, path)
+    return packs
+
+
+def packs_path(reader: Reader | Blend, capacity: int) -> Path:
+    """PREFIX.packs-TOKENS.npz."""
+    return Path(f"{reader.prefix}.packs-{capacity}.npz")
+
+
+def _made_of(reader: Reader | Blend, sizes: Sizes) -> dict[str, int | str | None]:
+    return {
+        "samples": len(reader),
+        "bytes": reader.info["bin_bytes"],
+        "blend": reader.info.get("blend"),
+        "tokens per sequence": sizes.capacity,
+        "tokens per sample": sizes.longest,
+        "tokens per picture": sizes.tokens_per_image if reader.info.get("placeholder") is None else None,
+    }
+
+
+def pack(lengths: np.ndarray, capacity: int, seed: int | None = None) -> Packs:
+    """Packs of at most `capacity` tokens.
+
+    lengths: int64 [samples], tokens of each, all from 0 to `capacity`. seed: the samples pass through the window in an
+    order that is drawn from it; None: as they are stored. Raises DataError for a sample that is too long.
+
+    A pack takes the sample that has waited longest, and more like it while there is room for three of mean length; what
+    is left is filled by the pair of the window that fills it best, again and again. Waiting keeps the mix of lengths in
+    the window that of the data, and two that may be chosen freely fill most remainders to the token: 98.5 % on lengths
+    like those of LLaVA's 665k at 4096 tokens, where best fit decreasing has 95.5 %. No packing gets further than the
+    lengths allow: at 2048 tokens two samples with 576 visual tokens leave room that no third fits into, 88 %.
+
+    The packs are the same in every epoch, only their order is not. So their number is known, and a position in the data
+    is one number.
+    """
+    if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= capacity:
+        raise DataError(f"samples of {lengths.min()} to {lengths.max()} tokens do not fit packs of {capacity}")
+    # RandomState, because numpy promises never to change its streams; its newer generators may.
+    random = None if seed is None else np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
+    order = np.arange(len(lengths)) if random is None else random.permutation(len(lengths))
+    window = _Window(order, lengths, capacity)
+    enough = 3 * float(lengths.mean()) if len(lengths) else 0.0
+    packs: list[list[int]] = []
+    while window.fill():
+        members: list[int] = []
+        space = capacity
+        while (length := window.oldest()) is not None and length <= space and (not members or space > enough):
+            members.append(window.take(length))
+            space -= length
+        while (length := window.best_of_pair(space)) is not None:
+            members.append(window.take(length))
+            space -= length
+        packs.append(members)
+    samples = np.fromiter((sample for members in packs for sample in members), np.int64, len(order))
+    return Packs(samples, np.fromiter(accumulate(map(len, packs), initial=0), np.int64, len(packs) + 1))
+
+
+class _Window:
+    """The samples that are next, at most WINDOW of them, by length; of one length, the one that waited longest."""
+
+    def __init__(self, order: np.ndarray, lengths: np.ndarray, capacity: int):
+        self._coming = deque(zip(order.tolist(), lengths[order].tolist(), strict=True))
+        self._waiting: deque[tuple[int, int]] = deque()
+        self._of_length: list[deque[int]] = [deque() for _ in range(capacity + 1)]
+        self._counts = np.zeros(capacity + 1, dtype=np.int64)
+        self._size = 0
+
+    def fill(self) -> int:
+        """Let in what is next; the number of samples inside."""
+        while self._size < WINDOW and self._coming:
+            sample, length = self._coming.popleft()
+            self._waiting.append((sample, length))
+            self._of_length[length].append(sample)
+            self._counts[length] += 1
+            self._size += 1
+        return self._size
+
+    def oldest(self) -> int | None:
+        """Length of the sample that has waited longest."""
+        while self._waiting:
+            sample, length = self._waiting[0]
+            queue = self._of_length[length]
+            if queue and queue[0] == sample:
+                return length
+            self._waiting.popleft()  # it was taken
+        return None
+
+    def take(self, length: int) -> int:
+        """The sample of that length that has waited longest."""
+        self._counts[length] -= 1
+        self._size -= 1
+        return self._of_length[length].popleft()
+
+    def best_of_pair(self, space: int) -> int | None:
+        """Length of the longer one of the two samples, or the one, that leave least of a space; None: none fits."""
+        counts = self._counts[: space + 1]
+        (present,) = np.nonzero(counts)
+        if not len(present):
+            return None
+        longest = np.zeros(space + 1, dtype=np.int64)
+        longest[present] = present
+        np.maximum.accumulate(longest, out=longest)
+        """The longest present length up to each."""
+        partner = longest[space - present]
+        partner[(partner == present) & (counts[present] < 2)] = 0
+        best = int(np.argmax(present + partner))
+        return int(max(present[best], partner[best]))

@@ -1,0 +1,62 @@
+"""Samples in one row are what they are in rows of their own: the same loss, the same gradient of every parameter."""
+
+import pytest
+
+from megamm.config.schema import Checkpoint, Config, Data, Model, Optim, Parallel, Train
+from megamm.registry import family
+from megamm.testing.data import random_dataset
+from megamm.weights.convert import import_hf
+from tests.families import VARIANTS, Variant
+from tests.training import jobs
+
+TOGETHER = [[0, 1, 2, 3, 4], [5, 6], [7], [8, 9, 10, 11]]
+"""Samples of each micro-batch; among them some without pictures, with one and with several."""
+
+
+def start(variant: Variant, directory) -> Config:
+    of_family = family(variant.family)
+    import_hf(variant.hf, variant.tower, [of_family], directory / "start")
+    placeholder = (7, 8) if variant.family == "mplug_owl3" else None
+    random_dataset(
+        directory / "train",
+        num_samples=12,
+        vocab_size=128,
+        family=variant.family,
+        max_images=3,
+        placeholder=placeholder,
+    )
+    return Config(
+        model=Model(family=variant.family, pretrained=str(directory / "start")),
+        data=Data(path=str(directory / "train"), max_tokens=256, packing=True, num_workers=0),
+        optim=Optim(lr=1e-3),
+        train=Train(global_batch=4, steps=1, precision="fp32"),
+        checkpoint=Checkpoint(dir=str(directory / "run")),
+    )
+
+
+def check(config: Config, pool, parallel: Parallel) -> None:
+    config.parallel = parallel
+    for losses, norms in pool.run(jobs.packed_and_apart, config, TOGETHER, ranks=parallel.tp * parallel.pp):
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        total = sum(apart**2 for apart, _ in norms.values()) ** 0.5
+        assert total > 0.01
+        for parameter, (apart, difference) in norms.items():
+            assert difference <= 1e-5 * apart + 1e-7 * total, parameter
+
+
+ALL = [Variant("llava/hf_native", "hf"), *VARIANTS]
+
+
+@pytest.mark.parametrize("variant", ALL, ids=lambda variant: variant.path)
+def test_packed_equals_apart(variant, pool, tmp_path):
+    check(start(variant, tmp_path), pool, Parallel(tp=2, pp=2, sequence_parallel=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ALL, ids=lambda variant: variant.path)
+def test_packed_equals_apart_at_other_layouts_and_recomputed(variant, pool, tmp_path):
+    config = start(variant, tmp_path)
+    for parallel in (Parallel(), Parallel(tp=2, sequence_parallel=True), Parallel(pp=2)):
+        check(config, pool, parallel)
+    config.train.recompute = "full"
+    check(config, pool, Parallel(tp=2, sequence_parallel=True))
