@@ -70,14 +70,23 @@ class Request:
     """What to verify, and how the model is laid out for it."""
 
     hf: str
+    """Hugging Face directory."""
     family: str | None = None
+    """Family of the checkpoint; found from its configuration and keys when only one fits."""
     tower: str | None = None
+    """Directory with the vision tower, where it is published apart."""
     tp: int = 1
+    """Tensor parallel size."""
     pp: int = 1
+    """Pipeline parallel size."""
     dp: int = 1
+    """Replicas; each runs the whole case."""
     layout: str = "auto"
+    """The cut, as parallel.layout of a recipe."""
     sequence_parallel: bool = False
+    """Split the sequence of the llm over the tensor parallel ranks."""
     recompute: Literal["none", "full"] = "none"
+    """As train.recompute of a recipe."""
 
     @property
     def parallel(self) -> Parallel:

@@ -15,67 +15,27 @@
 # Started again, it goes on where it stopped.
 set -euo pipefail
 
-fail() {
-    echo "error: $1" >&2
-    exit 1
-}
+source "$(dirname "$0")/../launch/common.sh"
 
-declare -A given=([model]=phi2)
 names="llm tower pretrain-json pretrain-images sft-json sft-images output model"
-while (($#)) && [[ $1 != -- ]]; do
-    [[ $1 == --* && " $names " == *" ${1#--} "* ]] || fail "$1: no such option; there are --${names// / --}"
-    (($# > 1)) || fail "$1: what it stands for is missing"
-    given[${1#--}]=$2
-    shift 2
-done
-(($#)) && shift # the --
-for name in $names; do
-    [[ -n ${given[$name]:-} ]] || fail "--$name is missing; see the head of $0"
-done
-for name in llm tower pretrain-images sft-images; do
-    [[ -d ${given[$name]} ]] || fail "--$name ${given[$name]}: no such folder"
-done
-for name in pretrain-json sft-json; do
-    [[ -f ${given[$name]} ]] || fail "--$name ${given[$name]}: no such file"
-done
+declare -A given=([model]=phi2)
+read_given "$names" "$@"
+check_given $names
 case ${given[model]} in
-phi2) suffix= ;;
-qwen1_5 | phi3) suffix=_${given[model]} ;;
+phi2) suffix= template=phi2 ;;
+qwen1_5) suffix=_qwen1_5 template=qwen2 ;;
+phi3) suffix=_phi3 template=phi3 ;;
 *) fail "--model ${given[model]}: there are phi2, qwen1_5 and phi3" ;;
 esac
-for name in llm tower pretrain-json pretrain-images sft-json sft-images output; do
-    given[$name]=$(realpath -m "${given[$name]}")
-done
-out=${given[output]}
+recipe=examples/imp/STAGE$suffix.py
 
-cd "$(dirname "$0")/../.."
-python=python3
-[[ -x .venv/bin/python ]] && python=.venv/bin/python
-
-# Every command writes aside and renames at the end: what is there is whole.
-preprocess() { # STAGE [OPTION ...]
-    [[ -e $out/data/$1.json ]] || "$python" data_tools/preprocess.py --family imp --tokenizer "$llm" \
-        --input "${given[$1-json]}" --image-dir "${given[$1-images]}" --output "$out/data/$1" --workers "$(nproc)" "${@:2}"
-}
-train() { # STAGE START [OPTION ...]
-    examples/launch/torchrun.sh "examples/imp/$1$suffix.py" --model.pretrained "$2" --data.path "$out/data/$1" \
-        --checkpoint.dir "$out/$1" "${@:3}"
-}
-
-llm=${given[llm]}
-template=phi2
 if [[ ${given[model]} == phi2 ]]; then
-    llm=$out/llm
-    [[ -e $llm ]] || "$python" examples/imp/add_end_token.py "${given[llm]}" "$llm"
-elif [[ ${given[model]} == qwen1_5 ]]; then
-    template=qwen2
-else
-    template=phi3
+    [[ -e $out/llm ]] || "$python" examples/imp/add_end_token.py "${given[llm]}" "$out/llm"
+    given[llm]=$out/llm
 fi
-preprocess pretrain --template plain
-preprocess sft --template "$template"
-[[ -e $out/start ]] || "$python" tools/checkpoint/hf_to_megatron.py --llm "$llm" --tower "${given[tower]}" \
-    --family imp --seed 42 --output "$out/start"
-train pretrain "$out/start" "$@"
-train sft "$out/pretrain" "$@"
-[[ -e $out/export ]] || "$python" tools/checkpoint/megatron_to_hf.py --checkpoint "$out/sft" --output "$out/export"
+preprocess imp pretrain --template plain
+preprocess imp sft --template "$template"
+join imp
+train pretrain pretrain start
+train sft sft pretrain
+export_hf sft export

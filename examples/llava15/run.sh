@@ -14,57 +14,22 @@
 # Started again, it goes on where it stopped.
 set -euo pipefail
 
-fail() {
-    echo "error: $1" >&2
-    exit 1
-}
+source "$(dirname "$0")/../launch/common.sh"
 
-declare -A given=([size]=7b)
 names="llm tower pretrain-json pretrain-images sft-json sft-images output size"
-while (($#)) && [[ $1 != -- ]]; do
-    [[ $1 == --* && " $names " == *" ${1#--} "* ]] || fail "$1: no such option; there are --${names// / --}"
-    (($# > 1)) || fail "$1: what it stands for is missing"
-    given[${1#--}]=$2
-    shift 2
-done
-(($#)) && shift # the --
-for name in $names; do
-    [[ -n ${given[$name]:-} ]] || fail "--$name is missing; see the head of $0"
-done
-for name in llm tower pretrain-images sft-images; do
-    [[ -d ${given[$name]} ]] || fail "--$name ${given[$name]}: no such folder"
-done
-for name in pretrain-json sft-json; do
-    [[ -f ${given[$name]} ]] || fail "--$name ${given[$name]}: no such file"
-done
+declare -A given=([size]=7b)
+read_given "$names" "$@"
+check_given $names
 case ${given[size]} in
 7b) suffix= ;;
 13b) suffix=_13b ;;
 *) fail "--size ${given[size]}: there are 7b and 13b" ;;
 esac
-for name in llm tower pretrain-json pretrain-images sft-json sft-images output; do
-    given[$name]=$(realpath -m "${given[$name]}")
-done
-out=${given[output]}
+recipe=examples/llava15/STAGE$suffix.py
 
-cd "$(dirname "$0")/../.."
-python=python3
-[[ -x .venv/bin/python ]] && python=.venv/bin/python
-
-# Every command writes aside and renames at the end: what is there is whole.
-preprocess() { # STAGE [OPTION ...]
-    [[ -e $out/data/$1.json ]] || "$python" data_tools/preprocess.py --family llava --tokenizer "${given[llm]}" \
-        --input "${given[$1-json]}" --image-dir "${given[$1-images]}" --output "$out/data/$1" --workers "$(nproc)" "${@:2}"
-}
-train() { # STAGE START [OPTION ...]
-    examples/launch/torchrun.sh "examples/llava15/$1$suffix.py" --model.pretrained "$2" --data.path "$out/data/$1" \
-        --checkpoint.dir "$out/$1" "${@:3}"
-}
-
-preprocess pretrain --template plain
-preprocess sft
-[[ -e $out/start ]] || "$python" tools/checkpoint/hf_to_megatron.py --llm "${given[llm]}" --tower "${given[tower]}" \
-    --family llava --seed 42 --output "$out/start"
-train pretrain "$out/start" "$@"
-train sft "$out/pretrain" "$@"
-[[ -e $out/export ]] || "$python" tools/checkpoint/megatron_to_hf.py --checkpoint "$out/sft" --output "$out/export"
+preprocess llava pretrain --template plain
+preprocess llava sft
+join llava
+train pretrain pretrain start
+train sft sft pretrain
+export_hf sft export

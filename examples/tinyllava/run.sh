@@ -17,25 +17,18 @@
 # Started again, it goes on where it stopped.
 set -euo pipefail
 
-fail() {
-    echo "error: $1" >&2
-    exit 1
-}
+source "$(dirname "$0")/../launch/common.sh"
 
-declare -A given=([recipe]=base [decoder]=phi2)
 names="llm tower pretrain-json pretrain-images sft-json sft-images output recipe decoder"
 more="share-json share-images"
-while (($#)) && [[ $1 != -- ]]; do
-    [[ $1 == --* && " $names $more " == *" ${1#--} "* ]] || fail "$1: no such option; there are --${names// / --} --${more// / --}"
-    (($# > 1)) || fail "$1: what it stands for is missing"
-    given[${1#--}]=$2
-    shift 2
-done
-(($#)) && shift # the --
+declare -A given=([recipe]=base [decoder]=phi2)
+read_given "$names $more" "$@"
+# The first generation keeps every patch of SigLIP, which its config.json says; the second one's way is the default.
+described=(--hf examples/tinyllava/bench-phi2) prefix=
 case ${given[recipe]} in
-base) stages="pretrain sft" prefix= ;;
-share) stages="pretrain share_pretrain share_sft" prefix= names+=" $more" ;;
-factory) stages="pretrain sft" prefix=factory_ ;;
+base) ;;
+share) names+=" $more" ;;
+factory) described=() prefix=factory_ ;;
 *) fail "--recipe ${given[recipe]}: there are base, share and factory" ;;
 esac
 case ${given[decoder]} in
@@ -45,52 +38,19 @@ qwen2) template=qwen2_base ;;
 *) fail "--decoder ${given[decoder]}: there are phi2, tinyllama, stablelm2 and qwen2" ;;
 esac
 [[ $prefix || ${given[decoder]} == phi2 ]] || fail "--decoder ${given[decoder]} needs --recipe factory"
-for name in $names; do
-    [[ -n ${given[$name]:-} ]] || fail "--$name is missing; see the head of $0"
-done
-folders="llm tower pretrain-images sft-images" files="pretrain-json sft-json"
-[[ ${given[recipe]} != share ]] || folders+=" share-images" files+=" share-json"
-for name in $folders; do
-    [[ -d ${given[$name]} ]] || fail "--$name ${given[$name]}: no such folder"
-done
-for name in $files; do
-    [[ -f ${given[$name]} ]] || fail "--$name ${given[$name]}: no such file"
-done
-for name in $folders $files output; do
-    given[$name]=$(realpath -m "${given[$name]}")
-done
-out=${given[output]}
+check_given $names
+recipe=examples/tinyllava/${prefix}STAGE.py
 
-cd "$(dirname "$0")/../.."
-# The first generation keeps every patch of SigLIP, which its config.json says; the second one's way is the default.
-described=(--hf examples/tinyllava/bench-phi2)
-[[ ${given[recipe]} != factory ]] || described=()
-python=python3
-[[ -x .venv/bin/python ]] && python=.venv/bin/python
-# Every command writes aside and renames at the end: what is there is whole.
-preprocess() { # SET TEMPLATE
-    [[ -e $out/data/$1.json ]] || "$python" data_tools/preprocess.py --family tinyllava --tokenizer "${given[llm]}" \
-        --template "$2" --input "${given[$1-json]}" --image-dir "${given[$1-images]}" --output "$out/data/$1" \
-        --workers "$(nproc)"
-}
-train() { # STAGE SET START [OPTION ...]
-    examples/launch/torchrun.sh "examples/tinyllava/$prefix$1.py" --model.pretrained "$3" --data.path "$out/data/$2" \
-        --checkpoint.dir "$out/$1" "${@:4}"
-}
-
-preprocess pretrain plain
-preprocess sft "$template"
-[[ ${given[recipe]} != share ]] || preprocess share plain
-[[ -e $out/start ]] || "$python" tools/checkpoint/hf_to_megatron.py --llm "${given[llm]}" --tower "${given[tower]}" \
-    "${described[@]}" --family tinyllava --seed 42 --output "$out/start"
-start=$out/start
-for stage in $stages; do
-    case $stage in
-    pretrain) set=pretrain ;;
-    share_pretrain) set=share ;;
-    *) set=sft ;;
-    esac
-    train "$stage" "$set" "$start" "$@"
-    start=$out/$stage
-done
-[[ -e $out/export ]] || "$python" tools/checkpoint/megatron_to_hf.py --checkpoint "$start" --output "$out/export"
+preprocess tinyllava pretrain --template plain
+preprocess tinyllava sft --template "$template"
+[[ ${given[recipe]} != share ]] || preprocess tinyllava share --template plain
+join tinyllava "${described[@]}"
+train pretrain pretrain start
+if [[ ${given[recipe]} == share ]]; then
+    train share_pretrain share pretrain
+    train share_sft sft share_pretrain
+    export_hf share_sft export
+else
+    train sft sft pretrain
+    export_hf sft export
+fi

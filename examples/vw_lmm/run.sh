@@ -15,29 +15,12 @@
 # Started again, it goes on where it stopped.
 set -euo pipefail
 
-fail() {
-    echo "error: $1" >&2
-    exit 1
-}
+source "$(dirname "$0")/../launch/common.sh"
 
-declare -A given=([variant]=vw [template]=v1)
 names="llm tower pretrain-json pretrain-images sft-json sft-images output variant template"
-while (($#)) && [[ $1 != -- ]]; do
-    [[ $1 == --* && " $names " == *" ${1#--} "* ]] || fail "$1: no such option; there are --${names// / --}"
-    (($# > 1)) || fail "$1: what it stands for is missing"
-    given[${1#--}]=$2
-    shift 2
-done
-(($#)) && shift # the --
-for name in $names; do
-    [[ -n ${given[$name]:-} ]] || fail "--$name is missing; see the head of $0"
-done
-for name in llm tower pretrain-images sft-images; do
-    [[ -d ${given[$name]} ]] || fail "--$name ${given[$name]}: no such folder"
-done
-for name in pretrain-json sft-json; do
-    [[ -f ${given[$name]} ]] || fail "--$name ${given[$name]}: no such file"
-done
+declare -A given=([variant]=vw [template]=v1)
+read_given "$names" "$@"
+check_given $names
 case ${given[variant]} in
 vw | pif) ;;
 *) fail "--variant ${given[variant]}: there are vw and pif" ;;
@@ -46,45 +29,24 @@ case ${given[template]} in
 v1 | mistral) ;;
 *) fail "--template ${given[template]}: there are v1 and mistral" ;;
 esac
-for name in llm tower pretrain-json pretrain-images sft-json sft-images output; do
-    given[$name]=$(realpath -m "${given[$name]}")
-done
-out=${given[output]}
+recipe=examples/vw_lmm/STAGE.py
 
-cd "$(dirname "$0")/../.."
-python=python3
-[[ -x .venv/bin/python ]] && python=.venv/bin/python
-
-# Every command writes aside and renames at the end: what is there is whole.
-preprocess() { # FAMILY STAGE NAME TEMPLATE
-    [[ -e $out/data/$3.json ]] || "$python" data_tools/preprocess.py --family "$1" --template "$4" \
-        --tokenizer "${given[llm]}" --input "${given[$2-json]}" --image-dir "${given[$2-images]}" \
-        --output "$out/data/$3" --workers "$(nproc)"
-}
-train() { # RECIPE START DATA [OPTION ...]
-    examples/launch/torchrun.sh "examples/vw_lmm/$1.py" --model.pretrained "$2" --data.path "$out/data/$3" \
-        --checkpoint.dir "$out/$1" "${@:4}"
-}
-convert() { # CHECKPOINT OUTPUT
-    [[ -e $2 ]] || "$python" tools/checkpoint/megatron_to_hf.py --checkpoint "$1" --output "$2" --dialect original
-}
-
-preprocess vw_lmm pretrain pretrain plain
-preprocess vw_lmm sft sft "${given[template]}"
-[[ -e $out/start ]] || "$python" tools/checkpoint/hf_to_megatron.py --llm "${given[llm]}" --tower "${given[tower]}" \
-    --family vw_lmm --seed 42 --output "$out/start"
-train pretrain "$out/start" pretrain "$@"
-train sft "$out/pretrain" sft "$@"
-train words "$out/sft" sft "$@"
+preprocess vw_lmm pretrain --template plain
+preprocess vw_lmm sft --template "${given[template]}"
+join vw_lmm
+train pretrain pretrain start
+train sft sft pretrain
+train words sft sft
 if [[ ${given[variant]} == vw ]]; then
-    train joint "$out/words" sft "$@"
-    convert "$out/joint" "$out/export"
+    train joint sft words
+    export_hf joint export --dialect original
 else
     # The two families have the same weights, and nothing in them tells one from the other: it is named.
-    preprocess vw_lmm_pif sft sft_pif "${given[template]}"
-    convert "$out/words" "$out/words_hf"
+    given+=([sft_pif-json]=${given[sft-json]} [sft_pif-images]=${given[sft-images]})
+    preprocess vw_lmm_pif sft_pif --template "${given[template]}"
+    export_hf words words_hf --dialect original
     [[ -e $out/start_pif ]] || "$python" tools/checkpoint/hf_to_megatron.py --hf "$out/words_hf" \
         --tower "$out/words_hf/vision_tower" --family vw_lmm_pif --output "$out/start_pif"
-    train joint_pif "$out/start_pif" sft_pif "$@"
-    convert "$out/joint_pif" "$out/export"
+    train joint_pif sft_pif start_pif
+    export_hf joint_pif export --dialect original
 fi

@@ -41,7 +41,7 @@ def read(config: dict[str, Any], tower_config: dict[str, Any] | None = None) -> 
         raise CheckpointError(f"config.json: model_type {found!r} is not {MODEL_TYPE!r}{note}")
     if not {"visual_model", "visual_abstractor"} <= (visual := config.get("visual_config", {})).keys():
         raise CheckpointError("config.json: visual_config lacks visual_model or visual_abstractor")
-    vision = owl_vit.from_hf(visual["visual_model"])
+    vision = owl_vit.from_hf(visual["visual_model"], feature_layer=-1, keep_first_token=True)
     llm = llama.from_hf(config)
     if (llm.num_groups, llm.num_heads * llm.head_dim) != (llm.num_heads, llm.hidden_size):
         raise CheckpointError(

@@ -32,7 +32,7 @@ def check_sizes(parallel: Parallel, parts: Mapping[str, Sizes], units: Sequence[
 
 
 def find_size_problems(parallel: Parallel, parts: Mapping[str, Sizes], units: Sequence[Unit]) -> list[str]:
-    """All of them; each names the field and the legal values.
+    """Everything that keeps a model of these sizes from being laid out so; each problem names field and legal values.
 
     parts: the sizes by part, such as {"vision": ..., "llm": ...}. units: the flat list that the pipeline cuts.
     """

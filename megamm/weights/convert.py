@@ -1,4 +1,4 @@
-"""Hugging Face directory -> megamm checkpoint -> Hugging Face directory, one tensor in memory, no model built.
+"""Hugging Face directory -> megamm checkpoint -> Hugging Face directory, one tensor at a time, no model built.
 
 Tables come from a family, which is passed in; this file names none.
 """

@@ -75,7 +75,8 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint directory at `path`, or the newest `step_XXXXXXXX` in the run directory `path`."""
+    """The checkpoint directory at `path`, or the newest `step_XXXXXXXX` in the run directory `path`. CheckpointError:
+    it is neither."""
     directory = Path(path)
     if (directory / INFO).exists():
         return directory
@@ -100,6 +101,7 @@ def copy_side_files(source: str | Path, target: str | Path) -> None:
     """Give checkpoint directory `target` what lies beside the weights of `source`: kept tensors and hf_files/.
 
     Kept tensors never change, so they are hard-linked where the file system can. megamm.json is `write_info`'s.
+    CheckpointError: `source` is not there.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():

@@ -284,7 +284,8 @@ class HfWriter:
     """Writes safetensors of known names, shapes and dtypes, tensors in any order and none kept in memory.
 
     One file of `filename`, or shards of at most `max_shard_bytes` (None: never) and an index as transformers names
-    them. A context manager: leaving it without an error checks that all was written. ValueError: an unexpected tensor.
+    them. A context manager: leaving it without an error checks that all was written. ValueError: an unexpected
+    tensor, or at the end one that was never written.
     """
 
     def __init__(

@@ -293,10 +293,12 @@ def match(
 ) -> str:
     """The one dialect of `tables` in which these Hugging Face names are written.
 
-    A dialect matches if every name is taken by exactly one Row or Keep and no Row lacks a name. The names of `parts`,
-    each of a plain tower or llm, fill what is lacking; canonical names that begin with one of `new` (`{i}`: any number)
-    may be lacking, but of each of these only all together. CheckpointError: none
-    or several match; the message lists what is left over and what is missing in the nearest dialect.
+    A dialect matches if every name is taken by a Row or a Keep and no Row lacks a name. The names of `parts`, each of a
+    plain tower or llm, fill what is lacking. What begins with one of `new`, beginnings of canonical names (`{i}`: any
+    number), may be lacking, but of each of them only as a whole. With `parts`, of several that match the first counts.
+
+    CheckpointError: none matches, and the message lists what is left over and what is missing in the nearest dialect;
+    or, without `parts`, several do.
     """
     release = set(names)
     beginnings = [re.compile(r"\d+".join(map(re.escape, start.split("{i}")))) for start in new]

@@ -110,7 +110,7 @@ class StoredTensors(FileSystemReader):
         }
 
     def read(self, name: str) -> Tensor:
-        """One global tensor, in its stored dtype."""
+        """One global tensor, in its stored dtype. CheckpointError: a part of it is not there, or cannot be read."""
         stored = self._metadata.state_dict_metadata[name]
         assert isinstance(stored, TensorStorageMetadata)
         if len(stored.chunks) == 1:  # torch's own load would copy it into a second tensor

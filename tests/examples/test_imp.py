@@ -1,33 +1,24 @@
 """The Imp recipes: published sizes and numbers, dry runs, and the whole way through run.sh."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megamm.config.check import find_problems
 from megamm.config.load import load_recipe
 from megamm.models import imp
 from megamm.models.build import units
 from megamm.testing.tiny import tiny_byte_tokenizer
-from megamm.train import main
+from tests.examples import recipes
+from tests.examples.recipes import EXAMPLES, dry_run, run
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "examples" / "imp"
+FOLDER = EXAMPLES / "imp"
 MODELS = {"phi2": "", "qwen1_5": "_qwen1_5", "phi3": "_phi3"}
 
 
@@ -73,9 +64,7 @@ def test_the_recipes_do_not_share_a_folder() -> None:
 def test_a_dry_run_needs_no_weights(
     stage: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert main([str(FOLDER / f"{stage}{suffix}.py"), "--dry-run"]) == 0
+    assert dry_run(FOLDER / f"{stage}{suffix}.py", tmp_path, monkeypatch) == 0
     assert "8 ranks" in capsys.readouterr().out
 
 
@@ -86,63 +75,22 @@ LLMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture
-def inputs(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Path]:
-    """What run.sh starts from, tiny: an llm with its tokenizer, a tower, two sets of conversations and pictures."""
-    folder = tmp_path / "inputs"
-    llm, tower, images = folder / "llm", folder / "tower", folder / "images"
-    images.mkdir(parents=True)
-    items: list[dict[str, Any]] = []
-    for i in range(12):
-        Image.new("RGB", (40, 30 + i), (20 * i, 100, 200)).save(images / f"{i}.png")
-        picture = {} if i % 4 == 3 else {"image": f"{i}.png"}
-        question = "What is it?" if i % 4 == 3 else "<image>\nWhat is it?"
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"number {i}"}]
-        items.append({"id": str(i), **picture, "conversations": turns})
-    (folder / "pretrain.json").write_text(json.dumps([item for item in items if "image" in item]))
-    (folder / "sft.json").write_text(json.dumps(items))
-    model_type, more, special = LLMS[request.param]
-    tiny_byte_tokenizer(llm, *special)
-    sizes = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, vocab_size=300, max_position_embeddings=512, **sizes, **more)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(llm)
-    SiglipVisionModel(SiglipVisionConfig(image_size=28, patch_size=14, **sizes)).save_pretrained(tower)
-    return {
-        "llm": llm,
-        "tower": tower,
-        "pretrain-json": folder / "pretrain.json",
-        "pretrain-images": images,
-        "sft-json": folder / "sft.json",
-        "sft-images": images,
-        "output": tmp_path / "out",
-    }
-
-
-def run(inputs: dict[str, Path], model: str, *options: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    words = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "PROCESSES": str(processes),
-    }
-    command = ["bash", str(FOLDER / "run.sh"), *words, "--model", model, *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+def save_llm(directory: Path, model: str) -> None:
+    model_type, more, special = LLMS[model]
+    tiny_byte_tokenizer(directory, *special)
+    config = AutoConfig.for_model(model_type, vocab_size=300, max_position_embeddings=512, **recipes.SIZES, **more)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("inputs", "model"), [(model, model) for model in MODELS], indirect=["inputs"])
-def test_the_whole_way_from_weights_and_conversations_to_an_export(inputs: dict[str, Path], model: str) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_the_whole_way_from_weights_and_conversations_to_an_export(model: str, tmp_path: Path) -> None:
     """Two steps of each stage, tiny. The tower stays, projector and llm move; the export is read by its tokenizer."""
-    options = "--train.steps 2 --train.global-batch 4 --train.micro-batch 2 --parallel.tp 1 --parallel.pp 2 "
-    options += "--parallel.no-sequence-parallel --train.precision fp32 --data.num-workers 0 --data.max-tokens 512"
-    done = run(inputs, model, "--", *options.split(), processes=2)
+    inputs = recipes.write_inputs(tmp_path, partial(save_llm, model=model), recipes.save_siglip)
+    done = run("imp", inputs, "--model", model, "--", *recipes.short(max_tokens=512))
     assert done.returncode == 0, done.stderr
+    assert [recipes.num_steps(inputs, stage) for stage in ("pretrain", "sft")] == [2, 2]
     out = inputs["output"]
-    for stage in ("pretrain", "sft"):
-        assert len((out / stage / "log.jsonl").read_text().splitlines()) == 2
     found, llm, tower = (
         load_file(path / "model.safetensors") for path in (out / "export", inputs["llm"], inputs["tower"])
     )
@@ -161,7 +109,5 @@ def test_the_whole_way_from_weights_and_conversations_to_an_export(inputs: dict[
 
 
 def test_run_refuses_a_model_that_it_does_not_have(tmp_path: Path) -> None:
-    inputs = dict.fromkeys(("llm", "tower", "pretrain-images", "sft-images", "output"), tmp_path)
-    (tmp_path / "set.json").touch()
-    done = run(inputs | dict.fromkeys(("pretrain-json", "sft-json"), tmp_path / "set.json"), "gemma")
+    done = run("imp", recipes.empty_inputs(tmp_path), "--model", "gemma")
     assert done.returncode == 1 and "--model gemma: there are phi2, qwen1_5 and phi3" in done.stderr

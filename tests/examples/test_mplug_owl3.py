@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -20,8 +16,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
 from megamm.config.check import find_problems
@@ -29,10 +23,10 @@ from megamm.config.load import load_recipe
 from megamm.data.indexed import Reader
 from megamm.models import mplug_owl3
 from megamm.models.build import units
-from megamm.train import main
+from tests.examples import recipes
+from tests.examples.recipes import EXAMPLES, dry_run, item, run
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "examples" / "mplug_owl3"
+FOLDER = EXAMPLES / "mplug_owl3"
 STAGES = ("pretrain", "interleaved", "sft")
 UNUSED = 15_239_504 + 2_304 + 15_238_352
 """The tower's last block, last norm and head, which are kept and never built."""
@@ -77,9 +71,7 @@ def test_the_recipes_do_not_share_a_folder() -> None:
 def test_a_dry_run_needs_no_weights(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert main([str(FOLDER / f"{stage}.py"), "--dry-run"]) == 0
+    assert dry_run(FOLDER / f"{stage}.py", tmp_path, monkeypatch) == 0
     assert "8 ranks" in capsys.readouterr().out
 
 
@@ -107,60 +99,34 @@ def byte_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
+def save_llm(directory: Path) -> None:
+    byte_tokenizer(directory)
+    sizes = dict(vocab_size=300, max_position_embeddings=2048, num_key_value_heads=2, **recipes.SIZES)
+    Qwen2ForCausalLM(Qwen2Config(**sizes)).save_pretrained(directory)
+
+
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, Path]:
-    """What run.sh starts from, tiny: an llm with its tokenizer, a tower, three sets of conversations and pictures."""
-    folder = tmp_path / "inputs"
-    llm, tower, images = folder / "llm", folder / "tower", folder / "images"
-    images.mkdir(parents=True)
-    (images / "clip.mp4").write_bytes(clip())
+    """Captions, then several pictures or a video, then conversations about a picture or none."""
     sets: dict[str, list[dict[str, Any]]] = {stage: [] for stage in STAGES}
     for i in range(8):
-        Image.new("RGB", (40, 30 + i), (20 * i, 100, 200)).save(images / f"{i}.png")
-
-        def item(question: str, i: int = i, **media: Any) -> dict[str, Any]:
-            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"number {i}"}]
-            return {"id": str(i), **media, "conversations": turns}
-
-        sets["pretrain"].append(item("<image>\nDescribe it.", image=f"{i}.png"))
-        several = item("One: <image> Another: <image>", image=[f"{i}.png", "0.png"])
-        sets["interleaved"].append(several if i % 2 else item("<video>\nWhat happens?", video="clip.mp4"))
-        sets["sft"].append(item("What is it?") if i % 4 == 3 else item("<image>\nWhat is it?", image=f"{i}.png"))
-    byte_tokenizer(llm)
-    sizes = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
-    torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=300, max_position_embeddings=2048, num_key_value_heads=2, **sizes)
-    Qwen2ForCausalLM(config).save_pretrained(llm)
-    SiglipVisionModel(SiglipVisionConfig(image_size=28, patch_size=14, **sizes)).save_pretrained(tower)
-    found = {"llm": llm, "tower": tower, "output": tmp_path / "out"}
-    for stage in STAGES:
-        (folder / f"{stage}.json").write_text(json.dumps(sets[stage]))
-        found |= {f"{stage}-json": folder / f"{stage}.json", f"{stage}-images": images}
-    return found
-
-
-def run(inputs: dict[str, Path], *options: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    words = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "PROCESSES": str(processes),
-    }
-    command = ["bash", str(FOLDER / "run.sh"), *words, *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+        image = f"{i}.png"
+        sets["pretrain"].append(item(i, "<image>\nDescribe it.", image=image))
+        several = item(i, "One: <image> Another: <image>", image=[image, "0.png"])
+        sets["interleaved"].append(several if i % 2 else item(i, "<video>\nWhat happens?", video="clip.mp4"))
+        sets["sft"].append(item(i, "What is it?") if i % 4 == 3 else item(i, "<image>\nWhat is it?", image=image))
+    inputs = recipes.write_inputs(tmp_path, save_llm, recipes.save_siglip, sets)
+    (inputs["interleaved-images"] / "clip.mp4").write_bytes(clip())
+    return inputs
 
 
 @pytest.mark.slow
 def test_the_whole_way_from_weights_and_conversations_to_an_export(inputs: dict[str, Path]) -> None:
     """Two steps of each stage, tiny. Of the llm the first stage trains what visual tokens go through only."""
-    options = "--train.steps 2 --train.global-batch 4 --train.micro-batch 2 --parallel.tp 1 --parallel.pp 2 "
-    options += "--parallel.no-sequence-parallel --train.precision fp32 --data.num-workers 0 --data.max-tokens 1024"
-    done = run(inputs, "--", *options.split(), processes=2)
+    done = run("mplug_owl3", inputs, "--", *recipes.short(max_tokens=1024))
     assert done.returncode == 0, done.stderr
+    assert [recipes.num_steps(inputs, stage) for stage in STAGES] == [2, 2, 2]
     out = inputs["output"]
-    assert all(len((out / stage / "log.jsonl").read_text().splitlines()) == 2 for stage in STAGES)
     views = {stage: Reader(out / "data" / stage).num_images.tolist() for stage in STAGES}
     assert views["pretrain"] == [1] * 8 and views["interleaved"] == [3, 2] * 4
     assert views["sft"][3] == 0 and set(views["sft"]) <= {0, 5, 7} and max(views["sft"]) > 1
@@ -182,5 +148,5 @@ def test_the_whole_way_from_weights_and_conversations_to_an_export(inputs: dict[
 
 
 def test_run_refuses_an_input_that_is_absent(tmp_path: Path) -> None:
-    done = run({"llm": tmp_path})
+    done = run("mplug_owl3", {"llm": tmp_path})
     assert done.returncode == 1 and "error: --tower is missing" in done.stderr

@@ -1,26 +1,20 @@
 """The TinyLLaVA recipes: published sizes and numbers, and a script that goes all the way."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from megamm.config.check import find_problems
 from megamm.config.load import load_recipe
 from megamm.models.build import units
 from megamm.registry import family
-from megamm.testing.tiny import tiny_tokenizer
-from megamm.train import main
+from tests.examples import recipes
+from tests.examples.recipes import EXAMPLES, dry_run, run
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "examples" / "tinyllava"
+FOLDER = EXAMPLES / "tinyllava"
 RECIPES = {
     # recipe: learning rate, global batch, frozen, picture, tokens
     "pretrain": (1e-3, 256, ("vision", "llm"), "square", 3072),
@@ -66,64 +60,23 @@ def test_the_recipes_do_not_share_a_folder() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_dry_run_needs_no_weights(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert main([str(FOLDER / f"{recipe}.py"), "--dry-run"]) == 0
+    assert dry_run(FOLDER / f"{recipe}.py", tmp_path, monkeypatch) == 0
     assert ("from layer 12" in capsys.readouterr().out) == (recipe == "share_pretrain")
 
 
 def test_more_frozen_layers_than_there_are_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert main([str(FOLDER / "sft.py"), "--dry-run", "--train.freeze", "vision[:27]"]) != 0
+    assert dry_run(FOLDER / "sft.py", tmp_path, monkeypatch, "--train.freeze", "vision[:27]") != 0
     assert "train.freeze=vision[:27]: the vision has 26 layers" in capsys.readouterr().err.replace("\n", " ")
 
 
-@pytest.fixture
-def inputs(tmp_path: Path) -> dict[str, Path]:
-    """What run.sh starts from, tiny: a Llama with its tokenizer, a SigLIP, conversations and pictures."""
-    folder = tmp_path / "inputs"
-    llm, tower, images = folder / "llm", folder / "tower", folder / "images"
-    images.mkdir(parents=True)
-    items = []
-    for i in range(12):
-        Image.new("RGB", (40, 30 + i), (20 * i, 100, 200)).save(images / f"{i}.png")
-        picture = {} if i % 4 == 3 else {"image": f"{i}.png"}
-        question = "What is it?" if i % 4 == 3 else "<image>\nWhat is it?"
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"number {i}"}]
-        items.append({"id": str(i), **picture, "conversations": turns})
-    (folder / "pretrain.json").write_text(json.dumps([item for item in items if "image" in item]))
-    (folder / "sft.json").write_text(json.dumps(items))
-    tiny_tokenizer(llm, [turn["value"] for item in items for turn in item["conversations"]] * 20)
-    sizes = {"num_attention_heads": 4, "num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).save_pretrained(llm)
-    SiglipVisionModel(SiglipVisionConfig(image_size=28, patch_size=14, **sizes)).save_pretrained(tower)
-    sets = {f"{name}-json": folder / f"{name}.json" for name in ("pretrain", "sft")}
-    sets |= {f"{name}-images": images for name in ("pretrain", "sft")}
-    return {"llm": llm, "tower": tower, **sets, "output": tmp_path / "out"}
-
-
-def run(inputs: dict[str, Path], *options: str) -> subprocess.CompletedProcess[str]:
-    words = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "PROCESSES": "2",
-    }
-    command = ["bash", str(FOLDER / "run.sh"), *words, *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
-
-
 @pytest.mark.slow
-def test_the_whole_way_from_weights_and_conversations_to_an_export(inputs: dict[str, Path]) -> None:
+def test_the_whole_way_from_weights_and_conversations_to_an_export(tmp_path: Path) -> None:
     """The Factory's two stages, two steps each. The tower stays as it was, its unused parts included."""
-    options = "--train.steps 2 --train.global-batch 4 --train.micro-batch 2 --parallel.tp 1 --parallel.pp 2 "
-    options += "--parallel.no-sequence-parallel --train.precision fp32 --data.num-workers 0 --data.max-tokens 256"
-    done = run(inputs, "--recipe", "factory", "--decoder", "tinyllama", "--", *options.split())
+    inputs = recipes.write_inputs(tmp_path, recipes.save_llama, recipes.save_siglip)
+    options = ("--recipe", "factory", "--decoder", "tinyllama", "--", *recipes.short(max_tokens=256))
+    done = run("tinyllava", inputs, *options)
     assert done.returncode == 0, done.stderr
+    assert [recipes.num_steps(inputs, stage) for stage in ("pretrain", "sft")] == [2, 2]
     export = inputs["output"] / "export"
     config, found = json.loads((export / "config.json").read_text()), load_file(export / "model.safetensors")
     assert (config["model_type"], config["vision_feature_select_strategy"]) == ("tinyllava", "patch")
@@ -147,7 +100,5 @@ def test_the_whole_way_from_weights_and_conversations_to_an_export(inputs: dict[
     ],
 )
 def test_run_refuses_what_it_does_not_have(options: list[str], message: str, tmp_path: Path) -> None:
-    folders = dict.fromkeys(("llm", "tower", "pretrain-images", "sft-images", "output"), tmp_path)
-    (tmp_path / "set.json").touch()
-    done = run(folders | dict.fromkeys(("pretrain-json", "sft-json"), tmp_path / "set.json"), *options)
+    done = run("tinyllava", recipes.empty_inputs(tmp_path), *options)
     assert done.returncode == 1 and message in done.stderr

@@ -1,6 +1,5 @@
 """The VW-LMM recipes: LLaVA-1.5 numbers, what each stage trains and minimises, and run.sh from weights to export."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,12 +8,11 @@ from safetensors.torch import load_file
 
 from megamm.config.check import find_problems
 from megamm.config.load import load_recipe
-from megamm.train import main
 from megamm.weights.hf import HfSource
-from tests.examples.test_llava15 import inputs, run_script  # noqa: F401 - a fixture
+from tests.examples import recipes
+from tests.examples.recipes import EXAMPLES, dry_run, run
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "examples" / "vw_lmm"
+FOLDER = EXAMPLES / "vw_lmm"
 STAGES = {
     # recipe: freeze, weights of text and words, teacher
     "pretrain": (("vision", "llm", "words"), (1.0, 0.0), "words"),
@@ -47,19 +45,17 @@ def test_the_stages_do_not_share_a_folder() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("sizes", ["config-7b.json", "config-mistral-7b.json"])
 def test_a_dry_run_needs_no_weights(stage: str, sizes: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert main([str(FOLDER / f"{stage}.py"), "--dry-run", "--model.config", str(FOLDER / sizes)]) == 0
+    assert dry_run(FOLDER / f"{stage}.py", tmp_path, monkeypatch, "--model.config", str(FOLDER / sizes)) == 0
     assert "8 ranks" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["vw", "pif"])
-def test_the_whole_way_from_weights_and_conversations_to_an_export(variant: str, inputs, tmp_path: Path) -> None:  # noqa: F811
+def test_the_whole_way_from_weights_and_conversations_to_an_export(variant: str, tmp_path: Path) -> None:
     """Two steps of each stage, tiny, over two pipeline stages."""
-    options = "--train.steps 2 --train.global-batch 4 --train.micro-batch 2 --parallel.tp 1 --parallel.pp 2 "
-    options += "--parallel.no-sequence-parallel --train.precision fp32 --data.num-workers 0 --data.max-tokens 256"
-    done = run_script(FOLDER, inputs, "--variant", variant, "--", *options.split(), processes=2)
+    inputs = recipes.write_inputs(tmp_path, recipes.save_llama, recipes.save_clip)
+    options = ("--variant", variant, "--", *recipes.short(max_tokens=256))
+    done = run("vw_lmm", inputs, *options)
     assert done.returncode == 0, done.stderr
     out = inputs["output"]
     for stage in ("pretrain", "sft", "words", "joint" if variant == "vw" else "joint_pif"):
@@ -70,18 +66,16 @@ def test_the_whole_way_from_weights_and_conversations_to_an_export(variant: str,
     start = load_file(inputs["llm"] / "model.safetensors")["lm_head.weight"]
     assert not torch.equal(head, start) and not torch.equal(llm_head, start) and not torch.equal(head, llm_head)
     assert (head - start).abs().max() < 1e-3
-    again = run_script(FOLDER, inputs, "--variant", variant, "--", *options.split(), processes=2)
+    again = run("vw_lmm", inputs, *options)
     assert again.returncode == 0 and "nothing to do" in again.stderr
 
 
 def test_run_refuses_variants_that_there_are_not(tmp_path: Path) -> None:
-    (tmp_path / "set.json").touch()
-    given = dict.fromkeys(("llm", "tower", "pretrain-images", "sft-images", "output"), tmp_path)
-    given |= dict.fromkeys(("pretrain-json", "sft-json"), tmp_path / "set.json")
+    inputs = recipes.empty_inputs(tmp_path)
     for options, message in (
         (["--variant", "vf"], "--variant vf: there are vw and pif"),
         (["--template", "v2"], "--template v2: there are v1 and mistral"),
         (["--sise", "7b"], "--sise: no such option; there are --llm --tower"),
     ):
-        done: subprocess.CompletedProcess[str] = run_script(FOLDER, given, *options)
+        done = run("vw_lmm", inputs, *options)
         assert done.returncode == 1 and f"error: {message}" in done.stderr

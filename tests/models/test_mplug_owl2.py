@@ -131,7 +131,7 @@ def test_published_sizes():
         (None, dict(model_type="llava"), "model_type 'llava' is not 'mplug_owl2'"),
         (None, dict(visual_config={}), "visual_config lacks visual_model"),
         (None, dict(num_key_value_heads=8), "as many key/value heads as heads"),
-        ("visual_model", dict(use_cls_token=False), "visual_model: use_cls_token False is not supported"),
+        ("visual_model", dict(use_cls_token=False), "mplug_owl_vision_model with use_cls_token False is not supported"),
         ("visual_model", dict(use_post_layernorm=False), "use_post_layernorm"),
         ("visual_model", dict(image_size=224), "grid_size is 32, and with this visual_model it must be 16"),
         ("visual_abstractor", dict(hidden_size=768), "hidden_size is 768"),

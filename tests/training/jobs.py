@@ -9,10 +9,12 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megamm import backend
+from megamm.batch import Batch
 from megamm.config.schema import Config
 from megamm.data.loader import collate, collate_packed
 from megamm.models.build import build_stages
 from megamm.models.parameters import canonical_parameters, draw, freeze
+from megamm.models.vlm import VLM
 from megamm.parallel import groups
 from megamm.training import checkpoint, loop
 from megamm.training.loop import run
@@ -81,9 +83,8 @@ def backward_messages(config: Config) -> list[int]:
     return sent
 
 
-def gradients(config: Config) -> dict[str, torch.Tensor | None]:
-    """One micro-batch of a run without tensor parallelism -> the gradient of every parameter of this rank; None: it is
-    not trained."""
+def start(config: Config) -> tuple[list[VLM], list[Batch]]:
+    """A drawn model -> its stages on this rank, nothing frozen, and the micro-batches of its first step."""
     found = plan(config, groups.world_size())
     backend.start("cpu")
     groups.start_distributed()
@@ -91,11 +92,18 @@ def gradients(config: Config) -> dict[str, torch.Tensor | None]:
     table = found.family.keys[found.info.dialect](found.options)
     stages = build_stages(found.options, found.build(config), table)
     draw(stages, table, config.train.seed)
+    return stages, next(iter(loop.train_loader(config, found, ranks)))
+
+
+def gradients(config: Config) -> dict[str, torch.Tensor | None]:
+    """One micro-batch of a run without tensor parallelism -> the gradient of every parameter of this rank; None: it is
+    not trained."""
+    stages, batches = start(config)
     freeze(stages, config.train.freeze)
     wrapped = wrap(stages, distributed_optimizer=False)
     for stage in wrapped:
         stage.zero_grad_buffer()
-    run_pipeline(wrapped, next(iter(loop.train_loader(config, found, ranks)))[:1])
+    run_pipeline(wrapped, batches[:1])
     return {name: getattr(p, "main_grad", None) for name, p in canonical_parameters(stages)}
 
 
@@ -136,15 +144,8 @@ def packed_and_apart(config: Config, groups_of: list[list[int]]) -> tuple[list[f
 
 def repeat(config: Config, times: int) -> list[tuple[float, float]]:
     """The same forward and backward pass again and again -> loss and sum of absolute gradients of each."""
-    found = plan(config, groups.world_size())
-    backend.start("cpu")
-    groups.start_distributed()
-    ranks = groups.start(config.parallel, found.layout, config.train.seed)
-    table = found.family.keys[found.info.dialect](found.options)
-    stages = build_stages(found.options, found.build(config), table)
-    draw(stages, table, config.train.seed)
+    stages, batches = start(config)
     wrapped = wrap(stages, distributed_optimizer=False)
-    batches = next(iter(loop.train_loader(config, found, ranks)))
     results = []
     for _ in range(times):
         for stage in wrapped:

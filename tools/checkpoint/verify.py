@@ -6,7 +6,6 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -16,29 +15,11 @@ from megamm.verify import Request, compare, outputs_of, verify
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(Request):
     """Verify a Hugging Face checkpoint against recorded results."""
 
-    hf: str
-    """Hugging Face directory."""
     case: tyro.conf.UseAppendAction[list[str]]
     """A recorded case, .npz; may be given several times."""
-    family: str | None = None
-    """Family of the checkpoint; found from its configuration and keys when only one fits."""
-    tower: str | None = None
-    """Directory with the vision tower, where it is published apart."""
-    tp: int = 1
-    """Tensor parallel size."""
-    pp: int = 1
-    """Pipeline parallel size."""
-    dp: int = 1
-    """Replicas; each runs the whole case."""
-    layout: str = "auto"
-    """The cut, as parallel.layout of a recipe."""
-    sequence_parallel: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Split the sequence of the llm over the tensor parallel ranks."""
-    recompute: Literal["none", "full"] = "none"
-    """As train.recompute of a recipe."""
     grad_norms: str | None = None
     """JSON {case: {key: norm}}; without it gradients are not compared."""
     atol: float | None = None
@@ -49,7 +30,7 @@ class Arguments:
 
 def main() -> int:
     """Run all cases; the exit status."""
-    arguments = tyro.cli(Arguments)
+    arguments = tyro.cli(Arguments, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         norms = _read_norms(arguments)
         request = Request(**{f.name: getattr(arguments, f.name) for f in fields(Request)})

@@ -1,4 +1,4 @@
-"""The projector's layers: image features [P, I, hv] -> visual tokens [P, I, H]."""
+"""A projector of one linear or several: image features [P, I, hv] -> visual tokens [P, I, H]."""
 
 import torch
 import torch.nn.functional as F

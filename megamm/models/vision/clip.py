@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from megamm.errors import CheckpointError
-from megamm.models.family import overlay
 from megamm.models.options import ImageOptions, VisionOptions
+from megamm.models.vision.fields import Fields
 from megamm.weights.keymap import Dims, Keep, KeyMap, Row
 
 MODEL_TYPE = "clip_vision_model"
@@ -20,6 +19,13 @@ DEFAULTS: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+_FIELDS = Fields(
+    model_type=MODEL_TYPE,
+    defaults=DEFAULTS,
+    only={"hidden_act": "quick_gelu", "num_channels": 3},
+    fixed={"activation": "quick_gelu", "has_class_token": True, "has_pre_norm": True, "has_patch_bias": False},
+)
+from_hf, to_hf = _FIELDS.read, _FIELDS.write
 
 IMAGE = ImageOptions(
     mean=(0.48145466, 0.4578275, 0.40821073),
@@ -74,54 +80,3 @@ def keys(options: VisionOptions) -> KeyMap:
         Keep("embeddings.position_ids"),
     )
     return KeyMap(rows, Dims(layers=options.num_layers, heads=options.num_heads, groups=options.num_heads))
-
-
-def used_layers(feature_layer: int, stored: int) -> int:
-    """Blocks up to the one whose output is used; `feature_layer` indexes (embedding output, output of block 0, ...).
-
-    CheckpointError: a tower of `stored` blocks has no such output."""
-    if not -stored - 1 <= feature_layer <= stored:
-        raise CheckpointError(f"config.json: vision feature layer {feature_layer} of a tower of {stored} blocks")
-    return feature_layer % (stored + 1)
-
-
-def from_hf(config: dict[str, Any], feature_layer: int, keep_first_token: bool) -> VisionOptions:
-    """vision_config -> options."""
-    get = {**DEFAULTS, **config}.__getitem__
-    if get("hidden_act") != "quick_gelu" or get("num_channels") != 3:
-        raise CheckpointError(
-            f"config.json: CLIP with hidden_act {get('hidden_act')!r} and num_channels {get('num_channels')} is not "
-            "supported, only quick_gelu and 3"
-        )
-    return VisionOptions(
-        num_layers=used_layers(feature_layer, get("num_hidden_layers")),
-        stored_layers=get("num_hidden_layers"),
-        hidden_size=get("hidden_size"),
-        ffn_size=get("intermediate_size"),
-        num_heads=get("num_attention_heads"),
-        image_size=get("image_size"),
-        patch_size=get("patch_size"),
-        activation="quick_gelu",
-        norm_eps=get("layer_norm_eps"),
-        has_class_token=True,
-        keep_first_token=keep_first_token,
-        has_pre_norm=True,
-        has_patch_bias=False,
-        model_type=MODEL_TYPE,
-    )
-
-
-def to_hf(options: VisionOptions, source: dict[str, Any]) -> dict[str, Any]:
-    """Options -> vision_config, written over the one they came from."""
-    known = {
-        "model_type": MODEL_TYPE,
-        "hidden_size": options.hidden_size,
-        "intermediate_size": options.ffn_size,
-        "num_hidden_layers": options.stored_layers,
-        "num_attention_heads": options.num_heads,
-        "image_size": options.image_size,
-        "patch_size": options.patch_size,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": options.norm_eps,
-    }
-    return overlay(source, known, DEFAULTS)

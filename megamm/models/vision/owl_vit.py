@@ -6,15 +6,15 @@ Its queries, keys and values are one tensor, head by head, as megatron-core has 
 
 from typing import Any
 
-from megamm.errors import CheckpointError
-from megamm.models.family import overlay
 from megamm.models.options import VisionOptions
 from megamm.models.vision import clip
+from megamm.models.vision.fields import Fields
 from megamm.weights.keymap import Dims, KeyMap, Row
 
 MODEL_TYPE = "mplug_owl_vision_model"
 DEFAULTS: dict[str, Any] = {
     # What the authors' MplugOwlVisionConfig assumes for a field that config.json leaves out.
+    "model_type": MODEL_TYPE,
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -27,7 +27,19 @@ DEFAULTS: dict[str, Any] = {
     "use_cls_token": True,
     "use_post_layernorm": True,
 }
-_ONLY = {"num_channels": 3, "hidden_act": "quick_gelu", "use_cls_token": True, "use_post_layernorm": True}
+_FIELDS = Fields(
+    model_type=MODEL_TYPE,
+    defaults=DEFAULTS,
+    only={"num_channels": 3, "hidden_act": "quick_gelu", "use_cls_token": True, "use_post_layernorm": True},
+    fixed={
+        "activation": "quick_gelu",
+        "has_class_token": True,
+        "has_pre_norm": True,
+        "has_patch_bias": False,
+        "has_post_norm": True,
+    },
+)
+from_hf, to_hf = _FIELDS.read, _FIELDS.write
 
 IMAGE = clip.IMAGE
 
@@ -72,43 +84,3 @@ def start_keys(options: VisionOptions) -> KeyMap:
             Row(f"post_norm.{x}", (f"post_layernorm.{x}",), (h,)),
         ]
     return KeyMap(rows, Dims(layers=options.num_layers, heads=options.num_heads, groups=options.num_heads))
-
-
-def from_hf(config: dict[str, Any]) -> VisionOptions:
-    """visual_model -> options."""
-    fields = {**DEFAULTS, **config}
-    for name, only in _ONLY.items():
-        if fields[name] != only:
-            raise CheckpointError(f"config.json: visual_model: {name} {fields[name]!r} is not supported, only {only!r}")
-    return VisionOptions(
-        num_layers=fields["num_hidden_layers"],
-        stored_layers=fields["num_hidden_layers"],
-        hidden_size=fields["hidden_size"],
-        ffn_size=fields["intermediate_size"],
-        num_heads=fields["num_attention_heads"],
-        image_size=fields["image_size"],
-        patch_size=fields["patch_size"],
-        activation="quick_gelu",
-        norm_eps=fields["layer_norm_eps"],
-        has_class_token=True,
-        keep_first_token=True,
-        has_pre_norm=True,
-        has_patch_bias=False,
-        has_post_norm=True,
-    )
-
-
-def to_hf(options: VisionOptions, source: dict[str, Any]) -> dict[str, Any]:
-    """Options -> visual_model, written over the one they came from."""
-    known = {
-        "model_type": MODEL_TYPE,
-        "hidden_size": options.hidden_size,
-        "intermediate_size": options.ffn_size,
-        "num_hidden_layers": options.num_layers,
-        "num_attention_heads": options.num_heads,
-        "image_size": options.image_size,
-        "patch_size": options.patch_size,
-        "layer_norm_eps": options.norm_eps,
-        **_ONLY,
-    }
-    return overlay(source, known, {**DEFAULTS, "model_type": MODEL_TYPE})
