@@ -27,7 +27,8 @@ class Sample:
     labels_S: Tensor
     """int64 [S]; the id itself where it is a target, IGNORE elsewhere. Not shifted."""
     pixels_I3HW: Tensor | None
-    """float32 [I, 3, H, W], normalised, in order of the markers; I may be 0. None on ranks that run no vision.embed."""
+    """uint8 [I, 3, H, W], in order of the markers; I may be 0. vision.embed normalises them. A floating-point tensor is
+    normalised already, as in a verification case. None on ranks that run no vision.embed."""
     num_images: int
     """Images whose tokens begin inside the kept part of the sequence (known on ranks without pixels, too)."""
     starts_I: Tensor | None = None
@@ -47,8 +48,9 @@ class Batch:
     positions_BS: Tensor
     """int64 [B, S]; position of each token in its own sample."""
     pixels_I3HW: Tensor | None
-    """float32 [I, 3, H, W]; at least one picture: a batch without images carries one blank picture that is placed
-    nowhere, so that every parameter runs on every rank. None on ranks that run no vision.embed."""
+    """uint8 [I, 3, H, W], or floating-point as in a sample; at least one picture: a batch without images carries one
+    blank picture that is placed nowhere, so that every parameter runs on every rank. None on ranks that run no
+    vision.embed."""
     slots_K: Tensor
     """int64 [K]; index into the flattened [B * S] positions of each placed visual token."""
     rows_K: Tensor

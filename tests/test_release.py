@@ -18,14 +18,17 @@ from transformers import (
 )
 
 from megamm.batch import IMAGE
-from megamm.data.image import ImageFormat, to_pixels
+from megamm.config.schema import Data
+from megamm.data.image import to_pixels
 from megamm.data.template import template
 from megamm.data.text import expand, tokenise
 from megamm.data.tokenizer import load_tokenizer
 from megamm.errors import CheckpointError
+from megamm.models.vision.vit import Normalise
 from megamm.registry import family
 from megamm.release import export
 from megamm.testing.tiny import tiny_byte_tokenizer
+from megamm.training.setup import image_format
 from megamm.weights.convert import import_hf, open_start, write_checkpoint
 
 SIZES = dict(num_attention_heads=4, num_hidden_layers=2, hidden_size=32, intermediate_size=64)
@@ -79,12 +82,10 @@ def test_stock_transformers_sees_what_training_saw(started):
     ids, _, _ = expand(ids, spans, options.tokens_per_image, 512)
     image_id = json.loads((folder / "out/config.json").read_text())["image_token_index"]
     assert found.input_ids[0].tolist() == np.where(ids == IMAGE, image_id, ids).tolist()
-    image_format = ImageFormat(
-        size=28, mean=options.image.mean, std=options.image.std, aspect=aspect, resize=options.image.resize,
-        tokens=options.tokens_per_image,
-    )  # fmt: skip
-    pixels = to_pixels(np.asarray(picture), image_format)
-    assert (found.pixel_values[0] - pixels).abs().mean() < 1 / 255 / 0.26
+    pixels = to_pixels(np.asarray(picture), image_format(options, Data(path="unused", aspect=aspect)))
+    normalised = Normalise(options.image, torch.device("cpu"))(pixels[None])
+    difference = (found.pixel_values - normalised).abs() * torch.tensor(options.image.std)[:, None, None]
+    assert difference.mean() < 0.02 / 255
     assert image_id == tokenizer.vocab_size and model.get_input_embeddings().num_embeddings == max(vocab, image_id + 1)
     with torch.no_grad():
         logits = model(**found).logits

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megamm.errors import ConfigError, DataError
+from megamm.models.vision import clip
 from megamm.verify import Request, compare, verify
 
 VARIANT = "llava/hf_native"
@@ -72,6 +73,23 @@ def test_a_text_only_batch_leaves_exact_zeros_in_tower_and_projector(layout, gol
     assert len(unused) == 3 * 16 + 5 + 4
     assert all(not grads[key].any() for key in unused)
     assert all(grads[key].any() for key in grads.keys() - set(unused))
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(tp=2, pp=2, layout="Vv|vvPE|t|ttL", sequence_parallel=True)], ids=name)
+def test_the_first_stage_normalises_8_bit_pixels(layout, golden, pool, tmp_path):
+    arrays = dict(np.load(golden / VARIANT / "cases/two_images.npz"))
+    shape = arrays["pixel_values"].shape
+    rgb = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    mean, std = (np.reshape(values, (3, 1, 1)) for values in (clip.IMAGE.mean, clip.IMAGE.std))
+    normalised = ((rgb / 255 - mean) / std).astype(np.float32)
+    for name, pixels in (("8_bit", rgb), ("normalised", normalised)):
+        np.savez(tmp_path / f"{name}.npz", **arrays | {"pixel_values": pixels})
+    request = Request(hf=str(golden / VARIANT / "hf"), **layout)
+    cases = [tmp_path / "8_bit.npz", tmp_path / "normalised.npz", golden / VARIANT / "cases/two_images.npz"]
+    [(_, found), (_, expected), (_, other)] = verify(request, cases, pool)
+    assert found.keys() == expected.keys()
+    assert all(np.abs(found[key] - expected[key]).max() <= 1e-5 for key in found)
+    assert np.abs(other["vision_features"] - expected["vision_features"]).max() > 0.1
 
 
 @pytest.mark.parametrize("layout", [dict(), dict(tp=2, pp=2, sequence_parallel=True)], ids=name)

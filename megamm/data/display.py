@@ -104,9 +104,7 @@ def _source(shown: Picture) -> str:
 
 
 def _as_seen(shown: Picture, image_format: ImageFormat) -> bytes:
-    pixels = to_pixels(decode(shown.data), image_format).numpy()
-    mean, std = (np.asarray(values)[:, None, None] for values in (image_format.mean, image_format.std))
-    return _png(((pixels * std + mean) * 255).round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+    return _png(to_pixels(decode(shown.data), image_format).permute(1, 2, 0).numpy())
 
 
 def _png(rgb: np.ndarray) -> bytes:

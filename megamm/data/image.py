@@ -1,4 +1,4 @@
-"""Picture bytes -> pixels as a vision tower wants them. Nothing here knows where the bytes come from."""
+"""Picture bytes -> pixels as a vision tower sees them, before it normalises. Knows nothing of where bytes come from."""
 
 import io
 from dataclasses import dataclass
@@ -29,9 +29,7 @@ class ImageFormat:
     size: int
     """Side of the square that enters the tower, in pixels."""
     mean: tuple[float, float, float]
-    """Per channel, of values in 0..1."""
-    std: tuple[float, float, float]
-    """Per channel, of values in 0..1."""
+    """Per channel, of values in 0..1: the colour of the padding."""
     aspect: Literal["pad", "stretch", "square"] = "pad"
     """`pad`: paste the picture on a square of the mean colour first. `stretch`: scale its shorter edge to the longer
     one first, as mPLUG-Owl2 does for inference. `square`: leave it to `resize`."""
@@ -101,7 +99,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
 
 
 def to_views(rgb: np.ndarray, image_format: ImageFormat, num_views: int) -> Tensor:
-    """uint8 [H, W, 3] -> float32 [num_views, 3, size, size]: one view is the whole picture, more are the tiles of the
+    """uint8 [H, W, 3] -> uint8 [num_views, 3, size, size]: one view is the whole picture, more are the tiles of the
     grid that `choose_anchor` chooses, row after row, and the whole picture behind them.
 
     Raises DataError where the grid has another number of tiles, or pictures are padded, which have no shape left."""
@@ -116,29 +114,28 @@ def to_views(rgb: np.ndarray, image_format: ImageFormat, num_views: int) -> Tens
     if rows * columns + 1 != num_views:
         raise DataError(f"{num_views} views where {rows} x {columns} tiles and the whole are meant; preprocess again")
     scaled_3HW = _resized(_channels_first(rgb), rows * size, columns * size)
-    tiles_3RHCW = _normalised(scaled_3HW, image_format).view(3, rows, size, columns, size)
+    tiles_3RHCW = scaled_3HW.view(3, rows, size, columns, size)
     return torch.cat([tiles_3RHCW.permute(1, 3, 0, 2, 4).flatten(0, 1), whole[None]])
 
 
 def to_pixels(rgb: np.ndarray, image_format: ImageFormat) -> Tensor:
-    """uint8 [H, W, 3] -> float32 [3, size, size], normalised. What the published processors give after LLaVA's
-    expand2square, which resize with Pillow's bicubic on 8-bit values; on OwlEval's pictures the mean absolute
-    difference is at most 0.2 levels of 255, and mostly 0.005."""
+    """uint8 [H, W, 3] -> uint8 [3, size, size], channels interleaved in memory as they were. What the published
+    processors normalise after LLaVA's expand2square: they resize with Pillow's bicubic on 8-bit values; on OwlEval's
+    pictures the mean absolute difference is at most 0.2 levels of 255, and mostly 0.005."""
     size = image_format.size
     height, width, _ = rgb.shape
     picture_3HW = _channels_first(rgb)
     if image_format.aspect == "pad" and height != width:
-        return _normalised(_resized_in_square(picture_3HW, image_format), image_format)
+        return _resized_in_square(picture_3HW, image_format)
     if image_format.aspect == "stretch":
         height = width = max(height, width)
         picture_3HW = _resized(picture_3HW, height, width)
     if image_format.resize == "squash":
-        return _normalised(_resized(picture_3HW, size, size), image_format)
+        return _resized(picture_3HW, size, size)
     short = min(height, width)
     height, width = size * height // short, size * width // short
     top, left = (height - size) // 2, (width - size) // 2
-    picture_3HW = _resized(picture_3HW, height, width)[:, top : top + size, left : left + size]
-    return _normalised(picture_3HW, image_format)
+    return _resized(picture_3HW, height, width)[:, top : top + size, left : left + size]
 
 
 def _resized_in_square(picture_3HW: Tensor, image_format: ImageFormat) -> Tensor:
@@ -170,14 +167,6 @@ def _resized(picture_3HW: Tensor, height: int, width: int) -> Tensor:
     # The batch dimension has to be made in front of interleaved channels: else torch takes them apart and together.
     picture_1HW3 = picture_3HW.permute(1, 2, 0)[None]
     return F.interpolate(picture_1HW3.permute(0, 3, 1, 2), size=(height, width), mode="bicubic", antialias=True)[0]
-
-
-def _normalised(picture_3HW: Tensor, image_format: ImageFormat) -> Tensor:
-    """(values / 255 - mean) / std, with the divisions made once."""
-    std = torch.tensor(image_format.std)[:, None, None]
-    shift = torch.tensor(image_format.mean)[:, None, None] / std
-    values_3HW = picture_3HW.to(torch.float32, memory_format=torch.contiguous_format)
-    return values_3HW.mul_(1 / (255 * std)).sub_(shift)
 
 
 def _is_plain_jpeg(data: bytes) -> bool:

@@ -87,7 +87,7 @@ class Dataset:
     def _pixels(self, i: int, num_images: int) -> torch.Tensor:
         size = self.image_format.size
         if not num_images:
-            return torch.empty(0, 3, size, size)
+            return torch.empty(0, 3, size, size, dtype=torch.uint8)
         pictures = []
         for k, num_views in self.reader.views(i):
             if k >= num_images:
@@ -132,7 +132,7 @@ def collate(
     pixels_I3HW = None
     if with_pixels:
         pictures = [sample.pixels_I3HW for sample in samples if sample.pixels_I3HW is not None]
-        blank = torch.zeros(1, 3, image_size, image_size)
+        blank = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
         pixels_I3HW = torch.cat(pictures) if num_images else blank
     return Batch(
         ids_BS=ids_BS,

@@ -82,7 +82,7 @@ class Answerer:
         return Sample(
             ids_S=torch.from_numpy(ids),
             labels_S=torch.from_numpy(labels),
-            pixels_I3HW=torch.stack(pixels) if pixels else torch.empty(0, 3, size, size),
+            pixels_I3HW=torch.stack(pixels) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8),
             num_images=len(starts),
             starts_I=torch.from_numpy(starts),
         )

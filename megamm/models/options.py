@@ -144,7 +144,9 @@ class ImageOptions:
     """How a picture becomes the tower's input."""
 
     mean: tuple[float, float, float]
+    """Per channel, of values in 0..1."""
     std: tuple[float, float, float]
+    """Per channel, of values in 0..1."""
     resize: Literal["shortest_edge_crop", "squash"]
 
 

@@ -63,7 +63,7 @@ class VLM(MegatronModule):
         self.projector: Projector | Abstractor | Resampler | None = None
         self.llm: Decoder | None = None
         if stage.has("vision.embed") or stage.vision_layers:
-            self.vision = VisionTower(options.vision, configs.vision, stage)
+            self.vision = VisionTower(options.vision, options.image, configs.vision, stage)
         if stage.has("projector"):
             if options.projector.kind == "abstractor":
                 self.projector = Abstractor(options.projector, configs.projector, options.vision.num_features)

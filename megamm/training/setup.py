@@ -260,7 +260,6 @@ def image_format(options: VlmOptions, data: Data) -> ImageFormat:
     return ImageFormat(
         size=options.vision.image_size,
         mean=options.image.mean,
-        std=options.image.std,
         aspect=data.aspect,
         resize=options.image.resize,
         tokens=options.tokens_per_image,

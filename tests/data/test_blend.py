@@ -13,7 +13,7 @@ from megamm.data.indexed import Reader, Writer
 from megamm.data.loader import Dataset, Loader
 from megamm.errors import DataError
 
-FORMAT = ImageFormat(size=8, mean=(0.5,) * 3, std=(0.5,) * 3, tokens=4)
+FORMAT = ImageFormat(size=8, mean=(0.5,) * 3, tokens=4)
 
 
 def write(prefix, num, name, origin=None):

@@ -17,13 +17,8 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from megamm.data.faults import SampleFault
 from megamm.data.image import ImageFormat, decode, reencode, to_pixels, verify
 
-CLIP = ImageFormat(
-    size=336,
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
-    tokens=576,
-)
-SIGLIP = ImageFormat(size=384, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash", tokens=729)
+CLIP = ImageFormat(size=336, mean=(0.48145466, 0.4578275, 0.40821073), tokens=576)
+SIGLIP = ImageFormat(size=384, mean=(0.5, 0.5, 0.5), resize="squash", tokens=729)
 OWLEVAL = Path(os.environ.get("MEGAMM_OWLEVAL", Path(__file__).parents[3] / "shared" / "data" / "owleval"))
 
 
@@ -195,15 +190,24 @@ PROCESSORS = {
 }
 
 
-def levels(found, expected, image_format):
-    """Mean absolute difference, in levels of 255."""
-    return ((found - expected).abs() * torch.tensor(image_format.std)[:, None, None]).mean().item() * 255
+def seen(picture, processor):
+    """The published processor's pixels before it normalises them, float32 levels of 255 [3, H, W]."""
+    options = {"return_tensors": "pt", "do_rescale": False, "do_normalize": False}
+    return processor(picture, resample=Image.Resampling.BICUBIC, **options)["pixel_values"][0].float()
 
 
 def sources(picture, processor):
     """What each `aspect` hands to the published processor."""
     stretched = picture.resize((max(picture.size),) * 2)  # as mPLUG-Owl2's README and evaluation do it
     return {"pad": expand_to_square(picture, processor), "stretch": stretched, "square": picture}
+
+
+def limit(picture):
+    """Largest mean difference in levels of 255. Every filter scales one edge after the other and rounds to 8 bits in
+    between. In the same order two filters give the same but for a rounding here and there; in the other order a quarter
+    of the values is a level apart. Pillow 13 scales the height first where that is less work, torch the width, and
+    `to_pixels` the height of a padded portrait."""
+    return 0.3 if picture.height > picture.width else 0.02
 
 
 @pytest.mark.parametrize("tower", PROCESSORS)
@@ -213,18 +217,16 @@ def test_pixels_equal_the_published_processor(tower, size):
     picture = smooth(size)
     rgb = np.asarray(picture)
     for aspect, source in sources(picture, processor).items():
-        expected = processor(source, return_tensors="pt", resample=Image.Resampling.BICUBIC)["pixel_values"][0]
         found = to_pixels(rgb, replace(image_format, aspect=aspect))
-        assert found.dtype == torch.float32 and found.is_contiguous()
-        assert levels(found, expected, image_format) <= 0.5
+        assert found.dtype == torch.uint8
+        assert (found - seen(source, processor)).abs().mean() <= limit(picture)
 
 
 @pytest.mark.parametrize("tower", PROCESSORS)
 def test_pixels_that_are_not_resized_are_exact(tower):
     image_format, processor = PROCESSORS[tower]
     picture = smooth((image_format.size, image_format.size))
-    expected = processor(picture, return_tensors="pt")["pixel_values"][0]
-    assert (to_pixels(np.asarray(picture), image_format) - expected).abs().max() < 1e-6
+    assert torch.equal(to_pixels(np.asarray(picture), image_format).float(), seen(picture, processor))
 
 
 @pytest.mark.parametrize("tower", PROCESSORS)
@@ -237,7 +239,7 @@ def test_real_photographs_equal_the_published_processor(tower):
         data = file.read_bytes()
         rgb = decode(data)
         assert np.array_equal(rgb, pillow(data))
-        for aspect, source in sources(Image.fromarray(rgb), processor).items():
-            expected = processor(source, return_tensors="pt", resample=Image.Resampling.BICUBIC)["pixel_values"][0]
+        picture = Image.fromarray(rgb)
+        for aspect, source in sources(picture, processor).items():
             found = to_pixels(rgb, replace(image_format, aspect=aspect))
-            assert levels(found, expected, image_format) <= 0.2, (file.name, aspect)
+            assert (found - seen(source, processor)).abs().mean() <= min(limit(picture), 0.2), (file.name, aspect)

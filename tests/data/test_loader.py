@@ -14,7 +14,7 @@ from megamm.data.packing import pack
 from megamm.errors import ConfigError, DataError
 
 TOKENS, SIZE, PAD = 4, 8, 0
-FORMAT = ImageFormat(size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), tokens=TOKENS)
+FORMAT = ImageFormat(size=SIZE, mean=(0.5, 0.5, 0.5), tokens=TOKENS)
 
 
 def dataset(prefix, max_tokens=100, with_pixels=True):
@@ -72,7 +72,7 @@ def test_batch(make_dataset):
     assert batch.ids_BS[1].tolist() == [1000, 100, 101, 102] + [PAD] * 16
     assert batch.targets_BS[1].tolist() == [IGNORE, 101, 102] + [IGNORE] * 17  # each position predicts the next id
     assert batch.positions_BS.tolist() == [list(range(20))] * 3
-    assert batch.pixels_I3HW.shape == (3, 3, SIZE, SIZE)
+    assert batch.pixels_I3HW.shape == (3, 3, SIZE, SIZE) and batch.pixels_I3HW.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("max_tokens", [100, 8, 7, 3])
@@ -97,7 +97,7 @@ def test_every_visual_token_has_its_row_and_place(max_tokens, make_dataset):
 def test_batch_without_pictures_carries_a_blank_one(make_dataset):
     source = dataset(make_dataset(3))
     batch = collated([source[0]])
-    assert batch.pixels_I3HW.shape == (1, 3, SIZE, SIZE) and not batch.pixels_I3HW.any()
+    assert torch.equal(batch.pixels_I3HW, torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8))
     assert batch.num_images == 0 and len(batch.slots_K) == len(batch.rows_K) == 0
 
 

@@ -1,4 +1,4 @@
-"""The trunk that every vision tower shares: patches, positions, blocks. One stage's share of it."""
+"""The trunk that every vision tower shares: normalised pixels, patches, positions, blocks. One stage's share of it."""
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -9,25 +9,46 @@ from torch import Tensor
 
 from megamm import backend
 from megamm.models.layers.recompute import keep_gradient_path
-from megamm.models.options import VisionOptions
+from megamm.models.options import ImageOptions, VisionOptions
 from megamm.models.spec import layer_spec
 from megamm.parallel.placement import Stage
+
+
+class Normalise(torch.nn.Module):
+    """8-bit pixels -> what towers were trained on: (values / 255 - mean) / std, channel by channel."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, options: ImageOptions, device: torch.device):
+        super().__init__()
+        # Buffers, made once: to make them in `forward` would wait for the GPU. No checkpoint holds them.
+        self.register_buffer("mean", torch.tensor(options.mean, device=device)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(options.std, device=device)[:, None, None], persistent=False)
+
+    def forward(self, pixels_I3HW: Tensor) -> Tensor:
+        """uint8 [I, 3, H, W] -> float32 [I, 3, H, W], contiguous. What is floating-point is normalised already."""
+        if pixels_I3HW.is_floating_point():
+            return pixels_I3HW
+        values_I3HW = pixels_I3HW.to(torch.float32, memory_format=torch.contiguous_format)
+        return values_I3HW.div_(255).sub_(self.mean).div_(self.std)
 
 
 class VisionTower(MegatronModule):
     """The units `vision.*` of one stage.
 
-    The embedding (patches, class token, positions, first norm) lives where `vision.embed` does, a norm behind the last
-    block where that block does; blocks are megatron-core's, tensor parallel, without a mask. Tokens stay whole on every
-    tensor parallel rank.
+    The embedding (pixels, patches, class token, positions, first norm) lives where `vision.embed` does, a norm behind
+    the last block where that block does; blocks are megatron-core's, tensor parallel, without a mask. Tokens stay whole
+    on every tensor parallel rank.
     """
 
-    def __init__(self, options: VisionOptions, config: TransformerConfig, stage: Stage):
+    def __init__(self, options: VisionOptions, image: ImageOptions, config: TransformerConfig, stage: Stage):
         super().__init__(config=config)
         self.options = options
         self.has_embedding = stage.has("vision.embed")
         device, dtype = backend.current().device, config.params_dtype
         if self.has_embedding:
+            self.normalise = Normalise(image, device)
             self.patch_embedding = torch.nn.Conv2d(
                 3,
                 options.hidden_size,
@@ -71,8 +92,9 @@ class VisionTower(MegatronModule):
         return x if self.post_norm is None else self.post_norm(x)
 
     def embed(self, pixels_I3HW: Tensor) -> Tensor:
-        """Pixels [I, 3, H, W] -> [P, I, H], class token first."""
-        x_IPH = self.patch_embedding(pixels_I3HW.to(self.position_embedding.dtype)).flatten(2).transpose(1, 2)
+        """Pixels [I, 3, H, W], as a `Batch` has them -> [P, I, H], class token first."""
+        pixels_I3HW = self.normalise(pixels_I3HW).to(self.position_embedding.dtype)
+        x_IPH = self.patch_embedding(pixels_I3HW).flatten(2).transpose(1, 2)
         if self.options.has_class_token:
             x_IPH = torch.cat([self.class_token.expand(x_IPH.size(0), 1, -1), x_IPH], dim=1)
         x_IPH = x_IPH + self.position_embedding
