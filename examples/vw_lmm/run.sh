@@ -15,7 +15,7 @@
 # Started again, it goes on where it stopped.
 set -euo pipefail
 
-source "$(dirname "$0")/../launch/common.sh"
+source "$(dirname "$0")/../launch/steps.sh"
 
 names="llm tower pretrain-json pretrain-images sft-json sft-images output variant template"
 declare -A given=([variant]=vw [template]=v1)

@@ -1,8 +1,12 @@
 """Samples in one row are what they are in rows of their own: the same loss, the same gradient of every parameter."""
 
+import dataclasses
+
 import pytest
 
 from megamm.config.schema import Checkpoint, Config, Data, Model, Optim, Parallel, Train
+from megamm.data.blend import write_blend
+from megamm.data.indexed import Reader
 from megamm.registry import family
 from megamm.testing.data import random_dataset
 from megamm.weights.convert import import_hf
@@ -60,3 +64,27 @@ def test_packed_equals_apart_at_other_layouts_and_recomputed(variant, pool, tmp_
         check(config, pool, parallel)
     config.train.recompute = "full"
     check(config, pool, Parallel(tp=2, sequence_parallel=True))
+
+
+@pytest.mark.slow
+def test_a_packed_run_through_a_blend_goes_on_at_another_layout(pool, tmp_path):
+    config = start(Variant("llava/hf_native", "hf"), tmp_path)
+    random_dataset(tmp_path / "more", num_samples=17, vocab_size=128, seed=1)
+    write_blend(tmp_path / "mix", [Reader(tmp_path / "train"), Reader(tmp_path / "more")], [12, 8], seed=0)
+    config.data = dataclasses.replace(config.data, path=str(tmp_path / "mix"), max_tokens=96)
+    config.train = dataclasses.replace(config.train, global_batch=2, steps=8)
+    config.checkpoint.every_steps = 4
+
+    def at(name: str, parallel: Parallel) -> Config:
+        of_run = dataclasses.replace(config.checkpoint, dir=str(tmp_path / name))
+        return dataclasses.replace(config, parallel=parallel, checkpoint=of_run)
+
+    expected = pool.run(jobs.train, at("one", Parallel()), ranks=1)[0]
+    split = Parallel(tp=2, pp=2, sequence_parallel=True)
+    pool.run(jobs.train_until, at("resumed", split), 4, ranks=4)
+    found = pool.run(jobs.train, at("resumed", Parallel()), ranks=2)[0]
+    assert [line["samples"] for line in found] == [line["samples"] for line in expected]
+    assert 8 * 2 < expected[-1]["samples"] < 8 * 2 * 5
+    for mine, one in zip(found, expected, strict=True):
+        assert mine["loss"] == pytest.approx(one["loss"], abs=1e-5), one["step"]
+        assert mine["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4), one["step"]
