@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 import zipfile
+from array import array
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -134,26 +134,24 @@ def pack(lengths: np.ndarray, capacity: int, seed: int | None = None) -> Packs:
     order = np.arange(len(lengths)) if random is None else random.permutation(len(lengths))
     window = _Window(order, lengths, capacity)
     enough = 3 * float(lengths.mean()) if len(lengths) else 0.0
-    packs: list[list[int]] = []
+    samples, bounds = array("q"), array("q", [0])
     while window.fill():
-        members: list[int] = []
         space = capacity
-        while (length := window.oldest()) is not None and length <= space and (not members or space > enough):
-            members.append(window.take(length))
+        while (length := window.oldest()) is not None and length <= space and (space == capacity or space > enough):
+            samples.append(window.take(length))
             space -= length
         while (length := window.best_of_pair(space)) is not None:
-            members.append(window.take(length))
+            samples.append(window.take(length))
             space -= length
-        packs.append(members)
-    samples = np.fromiter((sample for members in packs for sample in members), np.int64, len(order))
-    return Packs(samples, np.fromiter(accumulate(map(len, packs), initial=0), np.int64, len(packs) + 1))
+        bounds.append(len(samples))
+    return Packs(np.array(samples, dtype=np.int64), np.array(bounds, dtype=np.int64))
 
 
 class _Window:
     """The samples that are next, at most WINDOW of them, by length; of one length, the one that waited longest."""
 
     def __init__(self, order: np.ndarray, lengths: np.ndarray, capacity: int):
-        self._coming = deque(zip(order.tolist(), lengths[order].tolist(), strict=True))
+        self._order, self._lengths, self._passed = order, lengths, 0
         self._waiting: deque[tuple[int, int]] = deque()
         self._of_length: list[deque[int]] = [deque() for _ in range(capacity + 1)]
         self._counts = np.zeros(capacity + 1, dtype=np.int64)
@@ -161,12 +159,13 @@ class _Window:
 
     def fill(self) -> int:
         """Let in what is next; the number of samples inside."""
-        while self._size < WINDOW and self._coming:
-            sample, length = self._coming.popleft()
+        entering = self._order[self._passed : self._passed + WINDOW - self._size]
+        for sample, length in zip(entering.tolist(), self._lengths[entering].tolist(), strict=True):
             self._waiting.append((sample, length))
             self._of_length[length].append(sample)
             self._counts[length] += 1
-            self._size += 1
+        self._passed += len(entering)
+        self._size += len(entering)
         return self._size
 
     def oldest(self) -> int | None:
