@@ -33,12 +33,13 @@ def random_dataset(
             ids = draw.randint(3, vocab_size, size=draw.randint(8, max_length + 1)).astype(np.int32)
             num_images = draw.randint(0, max_images + 1)
             ids[1 : 1 + num_images] = IMAGE
-            pictures = [_png(draw.randint(0, 256, size=(20, 30, 3), dtype=np.uint8)) for _ in range(num_images)]
+            pictures = [png(draw.randint(0, 256, size=(20, 30, 3), dtype=np.uint8)) for _ in range(num_images)]
             writer.add(ids, pictures, np.array([[len(ids) // 2, len(ids)]], dtype=np.int32))
         writer.finish({"family": family} | ({} if placeholder is None else {"placeholder": list(placeholder)}))
 
 
-def _png(rgb: np.ndarray) -> bytes:
+def png(rgb: np.ndarray) -> bytes:
+    """A picture, uint8 [H, W, 3], as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
+from megamm.batch import IMAGE
 from megamm.config.schema import Checkpoint, Config, Data, Model, Optim, Parallel, Train
 from megamm.data.blend import write_blend
-from megamm.data.indexed import Reader
+from megamm.data.indexed import Reader, Writer
 from megamm.registry import family
-from megamm.testing.data import random_dataset
+from megamm.testing.data import png, random_dataset
 from megamm.weights.convert import import_hf
 from tests.families import VARIANTS, Variant
 from tests.training import jobs
@@ -17,18 +19,23 @@ TOGETHER = [[0, 1, 2, 3, 4], [5, 6], [7], [8, 9, 10, 11]]
 """Samples of each micro-batch; among them some without pictures, with one and with several."""
 
 
+def write_samples(prefix, name: str) -> None:
+    """12 samples. Targets begin with the first token, half of the pictures, too: what stands in front of a sample in a
+    row would be asked to predict it, and must not be."""
+    draw = np.random.RandomState(0)
+    with Writer(prefix) as writer:
+        for i in range(12):
+            ids = draw.randint(3, 128, size=draw.randint(8, 25)).astype(np.int32)
+            ids[i % 2 : i % 2 + i % 4] = IMAGE
+            pictures = [png(draw.randint(0, 256, size=(20, 30, 3), dtype=np.uint8)) for _ in range(i % 4)]
+            writer.add(ids, pictures, np.array([[0, len(ids)]], dtype=np.int32))
+        writer.finish({"family": name} | ({"placeholder": [7, 8]} if name == "mplug_owl3" else {}))
+
+
 def start(variant: Variant, directory) -> Config:
     of_family = family(variant.family)
     import_hf(variant.hf, variant.tower, [of_family], directory / "start")
-    placeholder = (7, 8) if variant.family == "mplug_owl3" else None
-    random_dataset(
-        directory / "train",
-        num_samples=12,
-        vocab_size=128,
-        family=variant.family,
-        max_images=3,
-        placeholder=placeholder,
-    )
+    write_samples(directory / "train", variant.family)
     return Config(
         model=Model(family=variant.family, pretrained=str(directory / "start")),
         data=Data(path=str(directory / "train"), max_tokens=256, packing=True, num_workers=0),
