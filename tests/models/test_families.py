@@ -6,16 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from megamm import backend
 from megamm.config.schema import Parallel
+from megamm.data.loader import collate
 from megamm.errors import CheckpointError
 from megamm.models.build import build_stages, units
-from megamm.models.parameters import canonical_parameters
+from megamm.models.parameters import canonical_parameters, fill
 from megamm.models.spec import Build
 from megamm.parallel import groups
 from megamm.parallel.placement import auto_layout
 from megamm.registry import FAMILIES
+from megamm.verify import load_case
 from megamm.weights.convert import export_hf, import_hf, open_hf
 from megamm.weights.hf import read_config
 from tests.families import VARIANTS, Variant
@@ -70,6 +73,51 @@ def test_units_count_the_parameters_of_the_table(variant):
     for guest in {guest for unit in flat for guest in unit.guests}:  # a part counts once, where it lives first
         counted[next(unit.name for unit in flat if guest in unit.guests)] += counted.pop(guest, 0)
     assert {unit.name: unit.parameters for unit in flat} == counted
+
+
+def causal_flops(query, key, value, dropout=0.0, is_causal=False, **_) -> int:
+    """Of attention: two matrix products, half of them under a causal mask."""
+    return 4 * query.numel() * key.size(-2) // (1 + is_causal)
+
+
+causal_flops._get_raw = True  # FlopCounterMode then gives it tensors and not shapes
+
+
+def count_flops(variant: Variant) -> tuple[dict[str, int], dict[str, float]]:
+    """FLOPs of a forward pass by part, the llm with its visual words: as torch counts them, and of the units."""
+    backend.start("cpu")
+    checkpoint = opened(variant)
+    options = checkpoint.options
+    case = load_case(variant.hf.parent / "cases/two_images.npz", options)
+    batch = collate(
+        case.samples[:1],
+        pad_id=0,
+        pad_multiple=1,
+        tokens_per_image=options.tokens_per_image,
+        with_pixels=True,
+        image_size=options.vision.image_size,
+    )
+    size, length = batch.ids_BS.shape
+    flat = units(options, num_tokens=size * length, num_images=batch.num_images, seq_length=length)
+    layout = auto_layout(flat, 1)
+    groups.start_distributed()
+    groups.start(Parallel(), layout)
+    [stage] = build_stages(options, Build(layout=layout), checkpoint.table)
+    fill([stage], checkpoint.table, lambda entry: checkpoint.load(entry.name))
+    stage.requires_grad_(False).set_input_tensor([None])
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={attention: causal_flops}) as counter:
+        stage(batch)
+    found = {part: sum(counter.get_flop_counts()[f"VLM.{part}"].values()) for part in ("vision", "projector")}
+    found["llm"] = counter.get_total_flops() - sum(found.values())
+    return found, {part: sum(unit.flops for unit in flat if unit.part == part) for part in found}
+
+
+@EVERY
+def test_units_count_the_flops_of_a_forward_pass(variant, pool):
+    """Hyper layers are estimated: their gate is left out, and a joint softmax is no causal one."""
+    [(found, estimated)] = pool.run(count_flops, variant, ranks=1)
+    assert estimated == pytest.approx(found, rel=0.02 if variant.family == "mplug_owl3" else 1e-12)
 
 
 def describe_parameters(variant: Variant, tp: int, pp: int) -> dict[str, tuple[int, ...]]:

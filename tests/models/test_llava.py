@@ -260,20 +260,16 @@ def test_table_and_model_are_the_same_list(tp, pp, hf_config, pool):
             assert all(shape[dim] * tp == whole[name][dim] for dim in cut), name
 
 
-def draw_and_sum(tp: int, pp: int, hf_config: dict) -> dict[str, float]:
-    """Sums of the absolute values of the drawn local slices."""
+def drawn(tp: int, pp: int, hf_config: dict) -> dict[str, torch.Tensor]:
+    """Canonical name -> local values as drawn, of every parameter that this rank builds."""
     stages, table = build(tp, pp, hf_config)
     draw(stages, table, seed=3)
-    return {name: p.double().abs().sum().item() for name, p in canonical_parameters(stages)}
+    return {name: p.detach() for name, p in canonical_parameters(stages)}
 
 
-def test_a_draw_depends_on_the_seed_and_not_on_the_layout(hf_config, pool):
+def test_a_draw_does_not_depend_on_the_layout(hf_config, pool):
     table = llava.FAMILY.keys["hf"](llava.read(hf_config))
-    one = pool.run(draw_and_sum, 1, 1, hf_config, ranks=1)[0]
-    four = pool.run(draw_and_sum, 2, 2, hf_config, ranks=4)
-    for name, total in one.items():
-        parts = [rank[name] for rank in four if name in rank]
-        joined = sum(parts) if table[name].partition_dim is not None else parts[0]
-        assert joined == pytest.approx(total, rel=1e-12), name
-    weight = "llm.decoder.layers.0.mlp.linear_fc2.weight"
-    assert one[weight] / (96 * 64) == pytest.approx(0.02 * (2 / torch.pi) ** 0.5, rel=0.05)
+    one = pool.run(drawn, 1, 1, hf_config, ranks=1)[0]
+    four = pool.run(drawn, 2, 2, hf_config, ranks=4)
+    for name, tensor in one.items():
+        assert torch.equal(table[name].join([rank[name] for rank in four if name in rank]), tensor), name

@@ -15,6 +15,7 @@ from megamm.models import mplug_owl3
 from megamm.models.build import units
 from megamm.verify import Request, compare, verify
 from megamm.weights.convert import export_hf, open_hf, open_start, write_checkpoint
+from tests.cases import check_cases, layout_name
 from tests.models import owl3_reference
 
 VARIANTS = ("240728", "241101")
@@ -25,10 +26,6 @@ LAYOUTS = [
     dict(pp=4, layout="VvvPEtt|t|t|L", recompute="full"),  # the second stage has no hyper layer, but hands them on
     dict(tp=2, pp=2, layout="V|vvPE|tt|ttL", sequence_parallel=True),
 ]
-
-
-def name(layout):
-    return " ".join(f"{k}={v}" for k, v in layout.items()) or "one rank"
 
 
 def published(generation: str = "240728", **changes) -> dict:
@@ -185,20 +182,15 @@ def test_a_start_is_made_of_plain_parts(golden, tmp_path):
     assert open_hf(tmp_path / "out", None, [mplug_owl3.FAMILY]).options.llm.hyper.kind == "gated"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_case_at_layouts_that_are_not_on_the_ladder(variant, layout, golden, pool):
     directory = golden / "mplug_owl3" / variant
-    norms = json.loads((directory / "grad_norms.json").read_text())
-    paths = [directory / f"cases/{case}.npz" for case in CASES]
-    for case, found in verify(Request(hf=str(directory / "hf"), **layout), paths, pool):
-        report = compare(case, found, norms[case.name])
-        assert report.ok, report.line()
-        assert {"logits", "loss", "layer_outputs"} <= report.differences.keys()
+    check_cases(Request(hf=str(directory / "hf"), **layout), [directory / f"cases/{x}.npz" for x in CASES], pool)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("layout", [dict(), dict(tp=2, pp=2, sequence_parallel=True)], ids=name)
+@pytest.mark.parametrize("layout", [dict(), dict(tp=2, pp=2, sequence_parallel=True)], ids=layout_name)
 def test_without_pictures_everything_that_reads_them_has_a_zero_gradient(variant, layout, golden, pool):
     directory = golden / "mplug_owl3" / variant
     [(_, found)] = verify(Request(hf=str(directory / "hf"), **layout), [directory / "cases/text_only.npz"], pool)

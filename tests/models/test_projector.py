@@ -58,6 +58,13 @@ def test_projector_equals_the_formula(kind, tp, pool):
         expected = F.linear(F.gelu(expected), own[f"linear_{k}.weight"], own[f"linear_{k}.bias"])
     expected.square().sum().backward()
     for out, grads in pool.run(project, kind, tp, ranks=tp):
-        torch.testing.assert_close(out, expected.detach(), rtol=1e-5, atol=1e-5)
+        assert_equal_up_to_rounding(out, expected.detach(), "output")
+        assert grads.keys() == own.keys()
         for name, grad in grads.items():
-            torch.testing.assert_close(grad, own[name].grad, rtol=1e-4, atol=1e-3)
+            assert_equal_up_to_rounding(grad, own[name].grad, name)
+
+
+def assert_equal_up_to_rounding(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    """By the largest element: those near zero are sums of large ones."""
+    assert found.shape == expected.shape, name
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max(), name

@@ -24,6 +24,7 @@ from megamm.testing.data import random_dataset
 from megamm.weights.convert import export_hf, import_hf
 from megamm.weights.draw import draw
 from megamm.weights.hf import read_config
+from tests.models.test_projector import assert_equal_up_to_rounding
 from tests.training import jobs
 
 IN, OUT = 20, 32
@@ -117,11 +118,11 @@ def test_resampler_equals_the_formula(kind, tp, recompute, pool):
     expected = formula(kind, own, x.transpose(0, 1)).transpose(0, 1)
     expected.square().sum().backward()
     for out, grad_x, grads in pool.run(project, kind, tp, recompute, ranks=tp):
-        torch.testing.assert_close(out, expected.detach(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(grad_x, x.grad, rtol=1e-4, atol=1e-3)
+        assert_equal_up_to_rounding(out, expected.detach(), "output")
+        assert_equal_up_to_rounding(grad_x, x.grad, "input")
         assert grads.keys() == own.keys()
         for name, grad in grads.items():
-            torch.testing.assert_close(grad, own[name].grad, rtol=1e-4, atol=1e-3, msg=name)
+            assert_equal_up_to_rounding(grad, own[name].grad, name)
 
 
 @pytest.mark.parametrize(
