@@ -219,7 +219,8 @@ class Reader:
         if len(self) != self.info["documents"]:
             raise DataError(f"{idx_path}: {len(self)} documents, {json_path} says {self.info['documents']}")
         # An empty file cannot be mapped, and a dataset without documents is a legal one.
-        self._bin = np.memmap(bin_path, dtype="<i4", mode="r") if self.info["bin_bytes"] else np.empty(0, dtype="<i4")
+        mapped = np.memmap(bin_path, dtype="<i4", mode="r") if self.info["bin_bytes"] else np.empty(0, dtype="<i4")
+        self._bin = np.asarray(mapped)  # no longer a memmap, of which every slice is made in Python
 
     def __reduce__(self) -> tuple[type["Reader"], tuple[str]]:
         return Reader, (self.prefix,)  # a map would be pickled with its whole content
@@ -241,7 +242,7 @@ class Reader:
     def text(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 [T] and target spans int32 [N, 2] of a document, copied. Raises DataError where they do not fit."""
         first, last = self._range(document)
-        ids, spans = self._sequence(first), self._sequence(last)
+        ids, spans = self._sequence(first).copy(), self._sequence(last).copy()
         if np.count_nonzero(ids == IMAGE) != last - first - 1:
             raise DataError(f"{self.prefix}: document {document} has other pictures than its ids say; preprocess again")
         if len(spans) % 2 or np.any(spans[::2] < 0) or np.any(spans[::2] > spans[1::2]) or np.any(spans > len(ids)):
@@ -268,8 +269,7 @@ class Reader:
         pad = int(words[0]) if len(words) else -1
         if not 0 <= pad <= 3 or pad > 4 * (len(words) - 1):
             raise DataError(f"{self.prefix}: document {document} image {image} is damaged; preprocess again")
-        content = words[1:].tobytes()
-        return content[: len(content) - pad]
+        return words.view(np.uint8)[4 : 4 * len(words) - pad].tobytes()
 
     def _range(self, document: int) -> tuple[int, int]:
         """First and last sequence of a document: its text and its spans."""
@@ -278,8 +278,9 @@ class Reader:
         return int(self._documents[document]), int(self._documents[document + 1]) - 1
 
     def _sequence(self, i: int) -> np.ndarray:
+        """A view of the map."""
         start = self._offsets[i] // 4
-        return np.array(self._bin[start : start + self._lengths[i]])
+        return self._bin[start : start + self._lengths[i]]
 
 
 def _read_info(path: Path) -> dict[str, Any]:

@@ -17,8 +17,9 @@ _BLOCK = 2**20
 _IN_STRING = re.compile(rb'["\\]')
 _IN_LIST = re.compile(rb'["\[\]{},]')
 _DEEPER = re.compile(rb'["\[\]{}]')
-_NO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
-"""Whole strings and what is between them: most of an item, passed in one step."""
+_FLAT = rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+'
+_CLOSED = re.compile(_FLAT + rb"(?:[\[{]" + _FLAT + rb"[\]}]" + _FLAT + rb")*+", re.DOTALL)
+"""Whole strings, what is between them, and brackets around nothing but these: most of an item, passed in one step."""
 
 
 def split(path: Path) -> Iterator[Piece]:
@@ -81,7 +82,7 @@ def _items(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, int]]:
             raise _more_than_a_list(path)
         while not is_closed:
             if depth > 1 and not in_string:
-                passed = _NO_BRACKET.match(block, at)
+                passed = _CLOSED.match(block, at)
                 at = passed.end() if passed else at
             stop = (_IN_STRING if in_string else _IN_LIST if depth == 1 else _DEEPER).search(block, at)
             if stop is None:
