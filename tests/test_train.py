@@ -101,6 +101,16 @@ def nothing(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[list[str], Callable[[Path], object], list[str]]] = {
+    "packing and grouping": (
+        ["--data.packing", "--data.group-by-modality-length"],
+        nothing,
+        ["data.group_by_modality_length=True saves padding, of which data.packing=True leaves none"],
+    ),
+    "packs of another dataset": (
+        ["--data.packing"],
+        lambda folder: (folder / "set.packs-40.npz").write_bytes(b"nothing"),
+        ["data.packing: set.packs-40.npz: not readable", "data_tools/pack.py"],
+    ),
     "heads and vocabulary": (
         ["--parallel.tp", "3"],
         nothing,
@@ -215,6 +225,14 @@ def test_a_dry_run_needs_no_files(folder: Path, capfd: pytest.CaptureFixture[str
     options = ["--data.path", "absent", "--model.pretrained", "absent", "--checkpoint.dir", "set.json"]
     assert main(["recipe.py", "--dry-run", *options]) == 0
     assert "samples unknown" in capfd.readouterr().out
+
+
+def test_a_dry_run_counts_sequences_where_samples_are_packed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--data.packing", "--data.max-tokens", "4096", "--train.global-batch", "2", "--train.epochs", "6"]
+    assert main(["recipe.py", "--dry-run", *options, "--train.steps", "None"]) == 0
+    printed = " ".join(capfd.readouterr().out.split())
+    assert "2 sequences per step = 2 per micro-batch" in printed
+    assert "samples 9 in 1 sequences; steps 3; at most 4096 tokens per sequence" in printed
 
 
 def train(folder: Path, *options: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
