@@ -118,9 +118,7 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
     packs: Packs | None = None
     if config.data.packing and data is not None and not problems:
         with _noted(problems, "data.packing: "):
-            packs = find_packs(
-                data, pack_sizes(config, model.options), config.train.seed if config.data.shuffle else None
-            )
+            packs = _packs(config, model.options, data)
     if problems:
         raise ConfigError(problems)
     return _planned(config, model, data, packs, dp=world_size // (config.parallel.tp * config.parallel.pp))
@@ -142,7 +140,6 @@ def _planned(config: Config, model: "_Model", data: Reader | Blend | None, packs
         seq_length=sample_tokens,
         bytes_per_value=4 if train.precision == "fp32" else 2,
     )
-    num_samples = len(data) if data is not None else None
     num_samples = None if data is None else len(data)
     num_sequences = num_samples if packs is None else len(packs)
     return Plan(
@@ -246,15 +243,6 @@ def part_sizes(options: VlmOptions) -> dict[str, Sizes]:
     }
 
 
-def pack_sizes(config: Config, options: VlmOptions) -> PackSizes:
-    """How long samples and packs may be."""
-    return PackSizes(
-        capacity=config.data.max_tokens,
-        sample_tokens=options.max_sample_tokens,
-        tokens_per_image=options.tokens_per_image,
-    )
-
-
 def image_format(options: VlmOptions, data: Data) -> ImageFormat:
     """How pictures are prepared for this model."""
     return ImageFormat(
@@ -350,6 +338,16 @@ def _run_dir_problems(checkpoint: Checkpoint) -> list[str]:
     if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
         return []
     return [f"checkpoint.dir={checkpoint.dir} cannot be written: {nearest} is no directory that you may write to"]
+
+
+def _packs(config: Config, options: VlmOptions, data: Reader | Blend) -> Packs:
+    """The samples of each sequence. Raises DataError for packs that do not fit this run."""
+    sizes = PackSizes(
+        capacity=config.data.max_tokens,
+        sample_tokens=options.max_sample_tokens,
+        tokens_per_image=options.tokens_per_image,
+    )
+    return find_packs(data, sizes, seed=config.train.seed if config.data.shuffle else None)
 
 
 def _mean_sample(options: VlmOptions, data: Data, reader: Reader | Blend | None) -> tuple[float, float]:
