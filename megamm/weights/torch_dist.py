@@ -113,10 +113,10 @@ class StoredTensors(FileSystemReader):
         """One global tensor, in its stored dtype. CheckpointError: a part of it is not there, or cannot be read."""
         stored = self._metadata.state_dict_metadata[name]
         assert isinstance(stored, TensorStorageMetadata)
-        if len(stored.chunks) == 1:  # torch's own load would copy it into a second tensor
-            return self._read_chunk(name, stored.chunks[0])
         if sum(math.prod(chunk.sizes) for chunk in stored.chunks) != self.infos[name].num_elements:
             raise CheckpointError(f"{self._directory} does not hold all of {name}; it is not whole")
+        if len(stored.chunks) == 1:  # torch's own load would copy it into a second tensor
+            return self._read_chunk(name, stored.chunks[0])
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         for chunk in stored.chunks:
             place = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))

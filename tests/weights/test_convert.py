@@ -77,7 +77,7 @@ def test_llava_is_imported_from_every_dialect_it_is_exported_in(tmp_path, dialec
     assert_same(loaded(tmp_path / "back"), load_file(GOLDEN / "model.safetensors"))
 
 
-@pytest.mark.parametrize("model, level, head", itertools.product([True, False], repeat=3))
+@pytest.mark.parametrize("model, level, head", list(itertools.product([True, False], repeat=3)))
 def test_every_combination_of_native_prefixes_is_imported_and_exported_as_published(tmp_path, model, level, head):
     def spell(name):
         name = name if level else name.replace("vision_tower.vision_model.", "vision_tower.")
@@ -412,6 +412,10 @@ def spoil_version(checkpoint):
     (checkpoint / "megamm.json").write_text(json.dumps(info | {"format": 99}))
 
 
+def spoil_fields(checkpoint):
+    (checkpoint / "megamm.json").write_text('{"format": 1, "family": "tiny"}')
+
+
 def spoil_names(checkpoint):
     other = {"llm.stranger": torch.zeros(1), "optimizer.state": torch.zeros(1)}
     stored = StoredTensors(checkpoint)
@@ -435,6 +439,7 @@ def spoil_absent(checkpoint):
         (spoil_shape_of_stored, r"llm.embed.weight is \(32, 16\), and its megamm.json makes it \(32, 32\)"),
         (spoil_info, "neither a megamm checkpoint"),
         (spoil_version, "format 99"),
+        (spoil_fields, "megamm.json does not have the fields of a checkpoint: .*dialect"),
         (spoil_names, "llm.stranger"),
         (spoil_absent, "lacks llm.norm.weight"),
     ],

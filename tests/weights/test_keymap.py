@@ -57,20 +57,20 @@ def test_keep_takes_any_layer_but_never_a_name_of_a_row():
 
 
 @pytest.mark.parametrize(
-    "row, dims",
+    "row, dims, message",
     [
-        (Row("a", ("b",), (8,), pack="fold"), DIMS),
-        (Row("a", ("b",), (8,), tp="diagonal"), DIMS),
-        (Row("a", ("b",), (8,), pack="qkv"), DIMS),
-        (Row("a.{i}", ("b",), (8,)), DIMS),
-        (Row("a", ("b",), (0,), tp="vocab"), Dims()),
-        (Row("a", ("b",), (5,), tp="vocab"), DIMS),
-        (Row("a", ("q", "k", "v"), (8,), pack="qkv"), Dims(heads=4, groups=3)),
-        (Keep("a.{i}", "b"), DIMS),
+        (Row("a", ("b",), (8,), pack="fold"), DIMS, "unknown pack 'fold'"),
+        (Row("a", ("b",), (8,), tp="diagonal"), DIMS, "unknown .* tp 'diagonal'"),
+        (Row("a", ("b",), (8,), pack="qkv"), DIMS, "pack 'qkv' takes 3 tensors, not 1"),
+        (Row("a.{i}", ("b",), (8,)), DIMS, "on both sides or on neither"),
+        (Row("a", ("b",), (0,), tp="vocab"), Dims(), "needs dims.vocab and a dims.vocab_padded that holds it"),
+        (Row("a", ("b",), (5,), tp="vocab"), DIMS, "dims.vocab_padded rows, not shape .5,."),
+        (Row("a", ("q", "k", "v"), (8,), pack="qkv"), Dims(heads=4, groups=3), "multiple of dims.groups"),
+        (Keep("a.{i}", "b"), DIMS, "as often in its name b"),
     ],
 )
-def test_a_row_that_cannot_be_right_is_refused(row, dims):
-    with pytest.raises(ValueError):
+def test_a_row_that_cannot_be_right_is_refused(row, dims, message):
+    with pytest.raises(ValueError, match=message):
         KeyMap([row], dims)
 
 

@@ -32,7 +32,7 @@ def test_joined_slices_are_the_whole(tp, size):
 
 @pytest.mark.parametrize("tp, size", [("col", 3), ("row", 3), ("col2", 8)])
 def test_an_uneven_cut_is_refused(tp, size):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"does not divide by tensor parallel size {size}"):
         slice_tensor(WHOLE, tp, 0, size)
 
 
@@ -40,7 +40,7 @@ def test_vocabulary_is_padded_with_zero_rows_and_cut_again():
     padded = pad_vocab(WHOLE, 8, 12)
     assert padded.shape == (12, 4) and not padded[8:].any()
     assert torch.equal(cut_vocab(padded, 8, 12), WHOLE)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="8 rows where the vocabulary has 7"):
         pad_vocab(WHOLE, 7, 12)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="8 rows where the padded vocabulary has 12"):
         cut_vocab(WHOLE, 7, 12)
