@@ -14,6 +14,7 @@ import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -245,7 +246,8 @@ class Reader:
         ids, spans = self._sequence(first).copy(), self._sequence(last).copy()
         if np.count_nonzero(ids == IMAGE) != last - first - 1:
             raise DataError(f"{self.prefix}: document {document} has other pictures than its ids say; preprocess again")
-        if len(spans) % 2 or np.any(spans[::2] < 0) or np.any(spans[::2] > spans[1::2]) or np.any(spans > len(ids)):
+        bounds = spans.tolist()
+        if len(bounds) % 2 or not all(0 <= a <= b <= len(ids) for a, b in zip(bounds[::2], bounds[1::2], strict=True)):
             raise DataError(f"{self.prefix}: document {document} has target spans outside its ids; preprocess again")
         return ids, spans.reshape(-1, 2)
 
@@ -254,11 +256,11 @@ class Reader:
 
         Raises DataError where the first holds none."""
         first, last = self._range(document)
-        holders = np.flatnonzero(self._lengths[first + 1 : last])
-        if last - first > 1 and (not len(holders) or holders[0]):
+        lengths = self._lengths[first + 1 : last].tolist()
+        if lengths and not lengths[0]:
             raise DataError(f"{self.prefix}: document {document} begins with a view of no picture; preprocess again")
-        counts = np.diff(np.append(holders, last - first - 1))
-        return list(zip(holders.tolist(), counts.tolist(), strict=True))
+        holders = [k for k, length in enumerate(lengths) if length]
+        return [(k, following - k) for k, following in pairwise([*holders, len(lengths)])]
 
     def image(self, document: int, image: int) -> bytes:
         """Compressed bytes of one picture of a document, as its file had them. DataError for one that holds none."""

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +33,10 @@ LAYOUT_VERSION = 1
 
 PATIENCE_S = 2.0
 """The processes of a run that was killed share its lock, and end a moment after it."""
+
+AT_ONCE = 16
+"""Records that are parsed before the first of them is tokenised: in turns, the two push each other out of the
+processor's caches."""
 
 _RUN, _MERGED = "run.json", "merged.bin"
 _OURS = re.compile(r"run\.json|merged\.\w+|\d{6,}\.(bin|json)|.*\.tmp")
@@ -64,7 +69,9 @@ def make_parts(parts: "Parts", source: Source, recipe: Recipe, pool: Pool, advan
 def _make(task: _Task) -> None:
     if not task.is_done:
         prepare = preparer(task.recipe)
-        results = (prepare(record) for record in read_piece(task.form, task.piece))
+        records = read_piece(task.form, task.piece)
+        batches = iter(lambda: list(islice(records, AT_ONCE)), [])
+        results = (prepare(record) for batch in batches for record in batch)
         write_part(task.directory, task.number, results)
 
 

@@ -69,20 +69,21 @@ def expand(
     that begins inside, int64 [I]: `tokens_per_image` times IMAGE, or, where a model's visual tokens are no part of its
     sequence, the ordinary ids of a `placeholder`. Cut to `max_tokens` after that: in front of the picture in which the
     cut would fall, where `views` says of how many IMAGE each picture consists; else inside it, as theirs."""
-    is_target = np.zeros(len(ids), dtype=bool)
-    for start, end in spans:
-        is_target[start:end] = True
     is_image = ids == IMAGE
-    picture = np.full(tokens_per_image, IMAGE) if placeholder is None else np.asarray(placeholder, dtype=np.int64)
-    repeats = np.where(is_image, len(picture), 1)
-    labels = np.where(is_target & ~is_image, ids, IGNORE).astype(np.int64)
+    labels = np.full(len(ids), IGNORE, dtype=np.int64)
+    for start, end in spans.tolist():
+        labels[start:end] = ids[start:end]
+    labels[is_image] = IGNORE
+    per_image = tokens_per_image if placeholder is None else len(placeholder)
+    repeats = np.where(is_image, per_image, 1)
     starts = (np.cumsum(repeats) - repeats)[is_image]
     expanded = np.repeat(ids.astype(np.int64), repeats)
-    expanded[(starts[:, None] + np.arange(len(picture))).ravel()] = np.tile(picture, len(starts))
+    if placeholder is not None:
+        expanded[(starts[:, None] + np.arange(per_image)).ravel()] = np.tile(placeholder, len(starts))
     end = max_tokens
-    if views is not None:
+    if views is not None and len(expanded) > end:
         behind = np.cumsum(views, dtype=np.int64)
-        firsts, ends = starts[behind - np.asarray(views, np.int64)], starts[behind - 1] + len(picture)
+        firsts, ends = starts[behind - np.asarray(views, np.int64)], starts[behind - 1] + per_image
         end = min([end, *firsts[(firsts < end) & (end < ends)]])
     return expanded[:end], np.repeat(labels, repeats)[:end], starts[starts < end]
 
