@@ -301,9 +301,10 @@ class Loader:
         """
         for key, here in self._identity().items():
             if state.get(key) != here:
+                decides = " data.packing, data.max_tokens and packs beside data.path" if key == "packs" else ""
                 raise DataError(
                     f"resume: the checkpoint read its data with {key} = {state.get(key)}, this run has {here}; give it "
-                    "the same, or start a new run from the checkpoint as model.pretrained"
+                    f"the same{decides}, or start a new run from the checkpoint as model.pretrained"
                 )
         self._consumed, self.truncated = int(state["consumed"]), int(state["truncated"])
         self.samples = int(state.get("samples_seen", self._consumed))  # older checkpoints knew no packs

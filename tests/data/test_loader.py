@@ -335,7 +335,7 @@ def test_other_packs_are_another_order(make_dataset):
     with pytest.raises(DataError, match="resume: the checkpoint read its data with packs = .*, this run has None"):
         loader(prefix, seed=5).load_state_dict(state)
     source = dataset(prefix, max_tokens=40)
-    with pytest.raises(DataError, match="resume: .* packs"):
+    with pytest.raises(DataError, match="resume: .* the same data.packing, data.max_tokens and packs beside"):
         loader(prefix, dataset=source, seed=5, packs=pack(source.num_tokens, 50, 5)).load_state_dict(state)
 
 
