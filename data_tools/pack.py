@@ -30,17 +30,19 @@ class Options:
     sample_tokens: int | None = None
     """Tokens of a sample at most: the positions of the run's model. Default: `max_tokens`, if it has as many."""
     seed: int | None = 42
-    """The order in which samples are offered is drawn from it. None: as they are stored."""
+    """The order in which samples are offered is drawn from it. None: as they are stored, for runs with
+    `data.shuffle` False."""
 
 
 def main(options: Options) -> None:
     """Write the packs and print how full they are. Raises MegammError."""
-    if min(options.max_tokens, options.image_tokens, options.sample_tokens or 1) < 1:
+    sample_tokens = options.max_tokens if options.sample_tokens is None else options.sample_tokens
+    if min(options.max_tokens, options.image_tokens, sample_tokens) < 1:
         raise DataError("--max-tokens, --image-tokens, --sample-tokens: give numbers from 1 on")
     reader = open_reader(options.dataset)
     sizes = Sizes(
         capacity=options.max_tokens,
-        sample_tokens=options.sample_tokens or options.max_tokens,
+        sample_tokens=sample_tokens,
         tokens_per_image=options.image_tokens,
     )
     packs = write_packs(reader, sizes, options.seed)

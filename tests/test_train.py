@@ -111,6 +111,14 @@ BAD: dict[str, tuple[list[str], Callable[[Path], object], list[str]]] = {
         lambda folder: (folder / "set.packs-40.npz").write_bytes(b"nothing"),
         ["data.packing: set.packs-40.npz: not readable", "data_tools/pack.py"],
     ),
+    "data without samples": (
+        ["--data.packing", "--data.eval-path", "set"],
+        lambda folder: random_dataset(folder / "set", num_samples=0, vocab_size=120),
+        [
+            "data.path=set holds no sample; give another data.path",
+            "data.eval_path=set holds no sample; give another data.eval_path",
+        ],
+    ),
     "heads and vocabulary": (
         ["--parallel.tp", "3"],
         nothing,

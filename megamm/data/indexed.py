@@ -41,7 +41,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); make room, or choose another --output") from error
+        raise DataError(f"{path}: cannot be written ({error}); make room, or choose another place") from error
 
 
 def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:

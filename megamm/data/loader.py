@@ -151,7 +151,8 @@ def join(samples: Sequence[Sample]) -> Sample:
     """Samples one behind the other as one. None of their pictures may be cut: only the last of a sample could be."""
     begins = [0, *accumulate(len(sample.ids_S) for sample in samples[:-1])]
     labels_S = torch.cat([sample.labels_S for sample in samples])
-    labels_S[begins] = IGNORE  # nothing of a sample predicts the first token of the next
+    # Nothing of a sample predicts the first token of the next; one that lost all in front of a picture has none.
+    labels_S[[begin for begin in begins if begin < len(labels_S)]] = IGNORE
     pixels = [sample.pixels_I3HW for sample in samples if sample.pixels_I3HW is not None]
     starts = [sample.starts_I for sample in samples if sample.starts_I is not None]
     return Sample(
@@ -166,7 +167,7 @@ def join(samples: Sequence[Sample]) -> Sample:
 def collate_packed(samples: Sequence[Sample], **layout: Any) -> Batch:
     """One micro-batch of one row that holds all samples, one behind the other. layout: what `collate` takes."""
     batch = collate([join(samples)], **layout)
-    lengths = [len(sample.ids_S) for sample in samples]
+    lengths = [len(sample.ids_S) for sample in samples if len(sample.ids_S)]
     if padding := batch.ids_BS.size(1) - sum(lengths):
         lengths.append(padding)
     return replace(
@@ -300,9 +301,10 @@ class Loader:
         """
         for key, here in self._identity().items():
             if state.get(key) != here:
+                decides = " data.packing, data.max_tokens and packs beside data.path" if key == "packs" else ""
                 raise DataError(
                     f"resume: the checkpoint read its data with {key} = {state.get(key)}, this run has {here}; give it "
-                    "the same, or start a new run from the checkpoint as model.pretrained"
+                    f"the same{decides}, or start a new run from the checkpoint as model.pretrained"
                 )
         self._consumed, self.truncated = int(state["consumed"]), int(state["truncated"])
         self.samples = int(state.get("samples_seen", self._consumed))  # older checkpoints knew no packs

@@ -66,32 +66,37 @@ class Sizes:
 def find_packs(reader: Reader | Blend, sizes: Sizes, seed: int | None) -> Packs:
     """The packs that lie beside a dataset, else made here: some seconds for every 100,000 samples.
 
-    Raises DataError where those were made of another dataset or for other sizes, or are damaged."""
+    seed: as `pack` has it; where they lie there, only whether it is None. Raises DataError where those were made of
+    another dataset, for other sizes or of samples in another order, or are damaged."""
     path = packs_path(reader, sizes.capacity)
     if not path.exists():
         return pack(sizes.lengths(reader), sizes.capacity, seed)
+    remedy = (
+        f"remove it, or write it again with data_tools/pack.py {reader.prefix} --max-tokens {sizes.capacity} "
+        f"--sample-tokens {sizes.longest} --image-tokens {sizes.tokens_per_image} --seed {seed}"
+    )
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as content:
             made_of, packs = json.loads(str(content["made_of"])), Packs(content["samples"], content["bounds"])
+        if not isinstance(made_of, dict):
+            raise ValueError("it does not say what it was made of")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path}: not readable ({error}); remove it, or write it again with data_tools/pack.py"
-        ) from error
-    here = _made_of(reader, sizes)
+        raise DataError(f"{path}: not readable ({error}); {remedy}") from error
+    here = _made_of(reader, sizes, seed)
     if different := [f"{made_of.get(key)} {key}, not {here[key]}" for key in here if made_of.get(key) != here[key]]:
-        raise DataError(
-            f"{path} was made for {', '.join(different)}; remove it, or write it again with data_tools/pack.py"
-        )
+        raise DataError(f"{path} was made for {', '.join(different)}; {remedy}")
+    if not _are_whole(packs, sizes.lengths(reader), sizes.capacity):  # a dataset may change and keep its size
+        raise DataError(f"{path}: not every sample once, or too many tokens in one sequence; {remedy}")
     return packs
 
 
 def write_packs(reader: Reader | Blend, sizes: Sizes, seed: int | None) -> Packs:
     """Pack a dataset and write the packs beside it, where `find_packs` looks. Raises DataError where it cannot."""
     packs, path = pack(sizes.lengths(reader), sizes.capacity, seed), packs_path(reader, sizes.capacity)
-    aside = path.with_name(path.name + ".tmp")
+    aside, made_of = path.with_name(path.name + ".tmp"), json.dumps(_made_of(reader, sizes, seed))
     with writing(path):
         with aside.open("wb") as file:
-            np.savez(file, samples=packs.samples, bounds=packs.bounds, made_of=json.dumps(_made_of(reader, sizes)))
+            np.savez(file, samples=packs.samples, bounds=packs.bounds, made_of=made_of)
         os.replace(aside, path)
     return packs
 
@@ -101,7 +106,7 @@ def packs_path(reader: Reader | Blend, capacity: int) -> Path:
     return Path(f"{reader.prefix}.packs-{capacity}.npz")
 
 
-def _made_of(reader: Reader | Blend, sizes: Sizes) -> dict[str, int | str | None]:
+def _made_of(reader: Reader | Blend, sizes: Sizes, seed: int | None) -> dict[str, int | str | None]:
     return {
         "samples": len(reader),
         "bytes": reader.info["bin_bytes"],
@@ -109,7 +114,20 @@ def _made_of(reader: Reader | Blend, sizes: Sizes) -> dict[str, int | str | None
         "tokens per sequence": sizes.capacity,
         "tokens per sample": sizes.longest,
         "tokens per picture": sizes.tokens_per_image if reader.info.get("placeholder") is None else None,
+        "order of samples": "stored" if seed is None else "drawn",
     }
+
+
+def _are_whole(packs: Packs, lengths: np.ndarray, capacity: int) -> bool:
+    """Whether every sample is in exactly one pack and every pack has a sample, and at most `capacity` tokens."""
+    samples, bounds = packs.samples, packs.bounds
+    if not (samples.dtype == bounds.dtype == np.int64 and samples.ndim == bounds.ndim == 1 and len(bounds)):
+        return False
+    if bounds[0] != 0 or bounds[-1] != len(samples) or (np.diff(bounds) < 1).any():
+        return False
+    if not np.array_equal(np.sort(samples), np.arange(len(lengths))):
+        return False
+    return not len(samples) or int(np.add.reduceat(lengths[samples], bounds[:-1]).max()) <= capacity
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int | None = None) -> Packs:
@@ -132,7 +150,7 @@ def pack(lengths: np.ndarray, capacity: int, seed: int | None = None) -> Packs:
     # RandomState, because numpy promises never to change its streams; its newer generators may.
     random = None if seed is None else np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
     order = np.arange(len(lengths)) if random is None else random.permutation(len(lengths))
-    window = _Window(order, lengths, capacity)
+    window = _Window(order, lengths)
     enough = 3 * float(lengths.mean()) if len(lengths) else 0.0
     samples, bounds = array("q"), array("q", [0])
     while window.fill():
@@ -150,11 +168,12 @@ def pack(lengths: np.ndarray, capacity: int, seed: int | None = None) -> Packs:
 class _Window:
     """The samples that are next, at most WINDOW of them, by length; of one length, the one that waited longest."""
 
-    def __init__(self, order: np.ndarray, lengths: np.ndarray, capacity: int):
+    def __init__(self, order: np.ndarray, lengths: np.ndarray):
         self._order, self._lengths, self._passed = order, lengths, 0
         self._waiting: deque[tuple[int, int]] = deque()
-        self._of_length: list[deque[int]] = [deque() for _ in range(capacity + 1)]
-        self._counts = np.zeros(capacity + 1, dtype=np.int64)
+        num_lengths = int(lengths.max(initial=0)) + 1  # not the capacity, which may be any number
+        self._of_length: list[deque[int]] = [deque() for _ in range(num_lengths)]
+        self._counts = np.zeros(num_lengths, dtype=np.int64)
         self._size = 0
 
     def fill(self) -> int:
@@ -190,11 +209,9 @@ class _Window:
         (present,) = np.nonzero(counts)
         if not len(present):
             return None
-        longest = np.zeros(space + 1, dtype=np.int64)
-        longest[present] = present
-        np.maximum.accumulate(longest, out=longest)
-        """The longest present length up to each."""
-        partner = longest[space - present]
+        at = np.searchsorted(present, space - present, side="right") - 1
+        partner = np.where(at < 0, 0, present[at])
+        """The longest present length that fits beside each."""
         partner[(partner == present) & (counts[present] < 2)] = 0
         best = int(np.argmax(present + partner))
         return int(max(present[best], partner[best]))

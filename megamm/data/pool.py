@@ -35,8 +35,10 @@ def processes(workers: int, mpi: bool) -> Iterator[Pool | None]:
     """A pool. With `mpi`, rank 0 has it and every other rank works for it until rank 0 leaves the context; these get
     None then, and have nothing left to do.
 
-    Raises DataError where mpi4py is missing, or a process dies.
+    Raises DataError for less than one worker, where mpi4py is missing, or where a process dies.
     """
+    if workers < 1:
+        raise DataError(f"--workers: {workers}; give a number from 1 on")
     if mpi:
         try:
             from mpi4py import MPI
@@ -52,7 +54,7 @@ def processes(workers: int, mpi: bool) -> Iterator[Pool | None]:
             finally:
                 if executor is not None:
                     executor.shutdown(wait=False, cancel_futures=True)
-    elif workers <= 1:
+    elif workers == 1:
         yield _Here(), 1
     else:
         with ProcessPoolExecutor(workers, initializer=_end_with_parent) as executor:

@@ -15,7 +15,7 @@ from megamm.config.load import freeze as freeze_config
 from megamm.config.schema import Config
 from megamm.data.loader import Dataset, Loader
 from megamm.data.packing import Packs
-from megamm.errors import MegammError
+from megamm.errors import DataError, MegammError
 from megamm.log import get_logger
 from megamm.models.build import build_stages
 from megamm.models.parameters import draw, freeze
@@ -120,6 +120,8 @@ def run(config: Config, found: Plan, ranks: Ranks) -> float:
 def _prepare(config: Config, found: Plan, ranks: Ranks) -> _Run:
     """Build the stages of this rank and fill them: from the newest checkpoint of the run, from `model.pretrained`, or
     drawn, in this order."""
+    if found.packs is not None:
+        check_same_packs(found.packs)
     table = found.family.keys[found.info.dialect](found.options)
     stages = build_stages(found.options, found.build(config), table)
     resumed = checkpoint.newest(config.checkpoint.dir) if config.checkpoint.resume else None
@@ -150,6 +152,15 @@ def _prepare(config: Config, found: Plan, ranks: Ranks) -> _Run:
         step=step,
         side_files=resumed or found.start,
     )
+
+
+def check_same_packs(packs: Packs) -> None:
+    """Raise DataError where ranks have other packs. Each looked for itself whether some lie beside the dataset, and on
+    a file system that machines share these may be there for one rank and not yet for another."""
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, packs.digest)
+    if len(set(digests)) > 1:
+        raise DataError("data.packing: ranks found other packs beside data.path; were these just written? Start again")
 
 
 def evaluate_at(config: Config, found: Plan, ranks: Ranks, stages: Stages, step: int) -> float | None:

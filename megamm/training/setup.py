@@ -107,6 +107,8 @@ def plan(config: Config, world_size: int, needs_files: bool = True) -> Plan:
     problems += _part_problems(config, model.options)
     problems += _length_problems(config, model.options)
     for name, reader in readers.items():
+        if not len(reader):
+            problems.append(f"{name}={reader.prefix} holds no sample; give another {name}")
         for member in members(reader):
             problems += _data_problems(name, member, model)
     resumed = newest(config.checkpoint.dir)

@@ -140,7 +140,7 @@ def test_death_between_the_renames_leaves_nothing_that_opens(renames, tmp_path, 
 
 def test_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written .*choose another --output"):
+    with pytest.raises(DataError, match="cannot be written .*choose another place"):
         Writer(tmp_path / "file" / "set")
 
 

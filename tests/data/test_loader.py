@@ -276,6 +276,21 @@ def test_what_stays_of_a_packed_sample_has_its_pictures_whole(make_dataset):
         assert (sample.ids_S == IMAGE).sum() == TOKENS * sample.num_images == TOKENS * len(sample.pixels_I3HW)
 
 
+def test_a_packed_sample_may_lose_all_that_it_had(make_dataset):
+    """One that begins with a picture for which there is no room: nothing of it is left."""
+    source = Dataset(make_dataset(4), FORMAT, 10, keeps_images_whole=True)
+    empty = source[FILLER]
+    options = {"pad_id": PAD, "tokens_per_image": TOKENS, "with_pixels": True, "image_size": SIZE}
+    expected = collate_packed([source[0], source[1]], pad_multiple=4, **options)
+    for samples in ([empty, source[0], source[1]], [source[0], empty, source[1]], [source[0], source[1], empty]):
+        batch = collate_packed(samples, pad_multiple=4, **options)
+        assert same(batch, expected) and torch.equal(batch.positions_BS, expected.positions_BS)
+        assert torch.equal(batch.cu_seqlens, expected.cu_seqlens)
+    nothing = collate_packed([empty, empty], pad_multiple=4, **options)
+    assert nothing.cu_seqlens.tolist() == [0, 4] and nothing.num_tokens == 0
+    assert nothing.targets_BS.tolist() == [[IGNORE] * 4] and nothing.pixels_I3HW.shape == (1, 3, SIZE, SIZE)
+
+
 def packed_loader(prefix, seed=5, **options):
     source = Dataset(prefix, FORMAT, 40, keeps_images_whole=True)
     return loader(prefix, dataset=source, seed=seed, packs=pack(source.num_tokens, 40, seed), **options)
@@ -320,7 +335,7 @@ def test_other_packs_are_another_order(make_dataset):
     with pytest.raises(DataError, match="resume: the checkpoint read its data with packs = .*, this run has None"):
         loader(prefix, seed=5).load_state_dict(state)
     source = dataset(prefix, max_tokens=40)
-    with pytest.raises(DataError, match="resume: .* packs"):
+    with pytest.raises(DataError, match="resume: .* the same data.packing, data.max_tokens and packs beside"):
         loader(prefix, dataset=source, seed=5, packs=pack(source.num_tokens, 50, 5)).load_state_dict(state)
 
 

@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import numpy as np
@@ -140,3 +141,65 @@ def test_damaged_packs_are_refused(damage, reader):
     path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
     with pytest.raises(DataError, match="packs-64.npz: not readable"):
         find_packs(reader, SIZES, seed=1)
+
+
+def rewrite(path, **changed):
+    with np.load(path) as content:
+        entries = dict(content) | changed
+    with path.open("wb") as file:
+        np.savez(file, **entries)
+
+
+@pytest.mark.parametrize("made_of", [[1], None])
+def test_a_file_that_is_no_packs_is_refused(made_of, reader):
+    write_packs(reader, SIZES, seed=1)
+    path = packs_path(reader, 64)
+    rewrite(path, made_of=json.dumps(made_of))
+    with pytest.raises(DataError, match="packs-64.npz: not readable"):
+        find_packs(reader, SIZES, seed=1)
+    with path.open("wb") as file:
+        np.save(file, np.arange(3))
+    with pytest.raises(DataError, match="packs-64.npz: not readable"):
+        find_packs(reader, SIZES, seed=1)
+
+
+def test_packs_that_do_not_hold_every_sample_once_are_refused(reader):
+    good = write_packs(reader, SIZES, seed=1)
+    last, num = good.bounds[-1], len(good.samples)
+    for changed in (
+        {"samples": good.samples[::-1][np.r_[0, : num - 1]]},  # one twice, one never
+        {"samples": np.r_[good.samples[:-1], num]},
+        {"samples": good.samples.astype(float)},
+        {"bounds": good.bounds[:-1]},
+        {"bounds": np.r_[good.bounds[:-1], good.bounds[-2], last]},  # one without samples
+        {"bounds": good.bounds[[0, -1]]},  # too many tokens
+        {"bounds": good.bounds[:0]},
+    ):
+        write_packs(reader, SIZES, seed=1)
+        rewrite(packs_path(reader, 64), **changed)
+        with pytest.raises(DataError, match="not every sample once, or too many tokens in one sequence"):
+            find_packs(reader, SIZES, seed=1)
+
+
+def test_packs_of_a_dataset_that_changed_and_kept_its_size_are_refused(tmp_path):
+    lengths, sizes = [60, 4, 4, 30, 34], Sizes(capacity=64, sample_tokens=64, tokens_per_image=10)
+    for order in (lengths, sorted(lengths)):
+        with Writer(tmp_path / "set") as writer:
+            for length in order:
+                writer.add(np.arange(length, dtype=np.int32), [], np.array([[1, 2]], np.int32))
+            writer.finish({"family": "llava"})
+        if order is lengths:
+            write_packs(Reader(tmp_path / "set"), sizes, seed=None)
+    with pytest.raises(DataError, match="too many tokens in one sequence; remove it, or write it again"):
+        find_packs(Reader(tmp_path / "set"), sizes, seed=None)
+
+
+@pytest.mark.parametrize(("written", "wanted"), [(1, "drawn order of samples, not stored"), (None, "stored .* drawn")])
+def test_packs_of_samples_in_another_order_are_refused(written, wanted, reader):
+    write_packs(reader, SIZES, seed=written)
+    with pytest.raises(DataError, match=f"{wanted}; .* --sample-tokens 48 --image-tokens 10 --seed"):
+        find_packs(reader, SIZES, seed=None if written else 1)
+
+
+def test_memory_does_not_grow_with_the_capacity():
+    assert len(pack(np.full(100, 10), 10**12)) == 1

@@ -29,6 +29,12 @@ def test_results_come_in_the_order_of_the_tasks(workers):
         ]
 
 
+@pytest.mark.parametrize("workers", [0, -2])
+def test_less_than_one_worker_is_refused(workers):
+    with pytest.raises(DataError, match=f"--workers: {workers}; give a number"), processes(workers, mpi=False):
+        pass
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_arrives_where_its_result_is_asked_for(workers):
     with processes(workers, mpi=False) as pool:

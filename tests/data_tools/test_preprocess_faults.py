@@ -197,7 +197,7 @@ def test_full_disk_is_one_clear_message_and_the_run_goes_on_when_there_is_room(
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="uses /proc as a place that takes no files")
 def test_target_that_takes_no_files(script, inputs):
-    with pytest.raises(DataError, match=r"/proc/set.parts: cannot be written .*choose another --output"):
+    with pytest.raises(DataError, match=r"/proc/set.parts: cannot be written .*choose another place"):
         script.main(script.Options(**(inputs | {"output": "/proc/set"})))
 
 
