@@ -75,6 +75,8 @@ class Options:
     """Scale larger pictures down to this many pixels, as JPEG. Default: pictures keep their bytes."""
     reencode: int | None = None
     """Store every picture as a JPEG of this quality, 1 to 100. Default: pictures keep their bytes."""
+    pictures_are_checked: bool = False
+    """check.py has found all pictures sound: do not decode each once more to see whether it can be."""
 
 
 def main(options: Options) -> None:
@@ -104,6 +106,7 @@ def _preprocess(options: Options, pool: Pool) -> None:
         prompt_style=options.prompt_style,
         max_side=options.max_side,
         quality=options.reencode,
+        has_sound_pictures=options.pictures_are_checked,
     )
     tokenizer = preparer(recipe).tokenizer  # also says now, and not in some process later, what does not fit
     source = Source(list(options.input), options.format)
@@ -119,6 +122,7 @@ def _preprocess(options: Options, pool: Pool) -> None:
     made_by |= {name: value for name, value in settings.items() if value not in ("none", None)}
     made_by |= _of_views(recipe, model.placeholder, tokenizer)
     reads = {"image_dir": str(options.image_dir.resolve()), "marker": recipe.marker, "views": asdict(recipe.views)}
+    reads["pictures_are_checked"] = options.pictures_are_checked
     leftovers = {"input": source.stamps(), **reads, **made_by}
     console = Console(stderr=True)
     with Parts(options.output, leftovers) as parts:

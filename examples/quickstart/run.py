@@ -22,7 +22,7 @@ _WORDS = " --loss.vm-weight 0.05 --loss.detach-teacher"
 OPTIONS = {
     # From random weights, visual words that may move become what is easiest to predict: the same for every picture.
     "vw_lmm": _WORDS,
-    "vw_lmm_pif": f"{_WORDS} --train.steps 1000 --optim.lr 1e-3",
+    "vw_lmm_pif": f"{_WORDS} --train.steps 800",
     # Its queries must first learn where to look.
     "mplug_owl2": " --train.steps 800",
 }
@@ -43,18 +43,9 @@ def commands(run: str, family: str) -> list[str]:
         of_run += OPTIONS.get(family, "")
         of_export = f" --dialect hf{of_template}" if family in NATIVE else ""
         of_caption = "" if family in NATIVE else of_family
-    model = [f"python examples/quickstart/make_model.py{of_family} --data {run}/data/train.json --output {run}/hf"]
-    if family == "vw_lmm_pif":  # made of a trained VW-LMM, as in its recipes
-        of_words = [
-            line for line in commands(f"{run}/words", "vw_lmm") if "caption.py" not in line and "report.py" not in line
-        ]
-        model = [
-            *of_words[:-1],
-            f"python tools/checkpoint/megatron_to_hf.py --checkpoint {run}/words/train/STEP --output {run}/hf",
-        ]
     return [
         f"python examples/quickstart/draw.py --output {run}/data",
-        *model,
+        f"python examples/quickstart/make_model.py{of_family} --data {run}/data/train.json --output {run}/hf",
         f"python data_tools/preprocess.py --input {run}/data/train.json --image-dir {run}/data/images "
         f"--family {family}{of_template} --tokenizer {run}/hf --output {run}/dataset",
         f"python tools/checkpoint/hf_to_megatron.py --hf {run}/hf{of_family} --output {run}/start",
@@ -69,8 +60,7 @@ def commands(run: str, family: str) -> list[str]:
 
 def newest(command: str, run: Path) -> str:
     """The command line with STEP replaced by the newest checkpoint of the run."""
-    folder = "words/train" if "/words/train/STEP" in command else "train"
-    steps = sorted(path.name for path in (run / folder).glob("step_????????"))
+    steps = sorted(path.name for path in (run / "train").glob("step_????????"))
     return command.replace("STEP", steps[-1]) if steps else command
 
 

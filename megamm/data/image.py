@@ -65,6 +65,16 @@ def verify(data: bytes) -> None:
     _decode_pillow(data)
 
 
+def verify_header(data: bytes) -> None:
+    """Raise SampleFault (image_broken) for what has no picture's header, or one of too many pixels. What is damaged or
+    cut short behind it is not found."""
+    if _is_plain_jpeg(data):
+        return
+    width, height = picture_size(data)
+    if width * height > MAX_PIXELS:
+        raise SampleFault("image_broken", f"{width} x {height} pixels, more than {MAX_PIXELS}")
+
+
 def reencode(data: bytes, max_side: int | None, quality: int | None) -> bytes:
     """The picture with its longer side at most `max_side` pixels, as a JPEG of `quality` (1 to 100; 95 where only its
     size was asked for). With both None, and where there is nothing to do, the very bytes.

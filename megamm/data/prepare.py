@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megamm.data.faults import Fault, SampleFault
-from megamm.data.image import picture_size, reencode, verify
+from megamm.data.image import picture_size, reencode, verify, verify_header
 from megamm.data.prompts import check_style, with_prompt
 from megamm.data.sources.files import VIDEO_BYTES, read_image
 from megamm.data.sources.record import MARKER, Media, Record
@@ -36,6 +36,8 @@ class Recipe:
     """Pixels; larger pictures are scaled down. None: pictures keep their bytes."""
     quality: int | None = None
     """1 to 100; every picture becomes a JPEG of it. None: pictures keep their bytes."""
+    has_sound_pictures: bool = False
+    """Whether somebody has decoded them all before: then only their headers are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Document:
     """int32 [T]; one IMAGE per picture."""
     images: list[bytes | None]
     """Compressed pictures, as their files have them unless the recipe re-encodes them; each has been decoded once to
-    see that it can be. None: one more view of the picture before."""
+    see that it can be, if the recipe does not say that somebody has. None: one more view of the picture before."""
     spans: np.ndarray
     """int32 [N, 2]; target spans over `ids`."""
 
@@ -99,7 +101,7 @@ class Preparer:
         if isinstance(image, str):
             name, image = image, read_image(self._image_dir, image)
         try:
-            verify(image)
+            (verify_header if self._recipe.has_sound_pictures else verify)(image)
             return reencode(image, self._recipe.max_side, self._recipe.quality)
         except SampleFault as fault:
             raise SampleFault(fault.reason, f"{name}: {fault.detail}") from fault

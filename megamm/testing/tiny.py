@@ -206,15 +206,13 @@ def _draw(model: torch.nn.Module, seed: int) -> None:
 def draw_tensor(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Fill `tensor` of a Hugging Face checkpoint, such that a narrow model learns fast: every matrix keeps its input's
     variance, what stands for a place (positions, class token, queries) stands out, and what a softmax over learned
-    queries or over visual words is made of differs enough for it to choose.
+    queries is made of differs enough for it to choose.
 
     With the published 0.02, made for widths of thousands, a model of 64 channels hardly begins to see.
     """
     if any(word in name for word in ("position_embedding", "class_embedding", "cls_token", "query_embeds")):
         return tensor.normal_(0, 1, generator=generator)
     if tensor.dim() > 1:
-        is_sharp = any(
-            word in name for word in ("crossattention.attention.query", "crossattention.attention.key", "vm_head")
-        )
+        is_sharp = any(word in name for word in ("crossattention.attention.query", "crossattention.attention.key"))
         return tensor.normal_(0, (3 if is_sharp else 1) * tensor[0].numel() ** -0.5, generator=generator)
     return tensor.fill_(1.0 if name.endswith("weight") else 0.0)

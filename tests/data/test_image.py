@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from megamm.data.faults import SampleFault
-from megamm.data.image import ImageFormat, decode, reencode, to_pixels, verify
+from megamm.data.image import ImageFormat, decode, reencode, to_pixels, verify, verify_header
 
 CLIP = ImageFormat(size=336, mean=(0.48145466, 0.4578275, 0.40821073), tokens=576)
 SIGLIP = ImageFormat(size=384, mean=(0.5, 0.5, 0.5), resize="squash", tokens=729)
@@ -116,6 +116,21 @@ def test_broken_pictures_are_faults(kind, function):
     assert fault.value.reason == "image_broken"
 
 
+def test_what_headers_tell():
+    """Of every sound picture nothing, of the others what is no picture, or too large a one."""
+    for data in KINDS.values():
+        verify_header(data)
+    found = set()
+    for kind, data in BROKEN.items():
+        try:
+            verify_header(data)
+        except SampleFault as fault:
+            assert fault.reason == "image_broken"
+            found.add(kind)
+    assert found >= {"png_bomb", "postscript", "format_of_no_photograph", "jpeg_header_only"}
+    assert "jpeg_last_bytes_gone" not in found
+
+
 def test_a_bomb_takes_little_memory(tmp_path):
     """In a process of its own: 7.5 GB of pixels, refused from the header."""
     (tmp_path / "bomb.png").write_bytes(BROKEN["png_bomb"])
@@ -123,10 +138,10 @@ def test_a_bomb_takes_little_memory(tmp_path):
 import resource, sys
 from pathlib import Path
 from megamm.data.faults import SampleFault
-from megamm.data.image import decode, verify
+from megamm.data.image import decode, verify, verify_header
 data = Path(sys.argv[1]).read_bytes()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for function in (decode, verify):
+for function in (decode, verify, verify_header):
     try:
         function(data)
     except SampleFault as fault:
@@ -135,7 +150,7 @@ for function in (decode, verify):
     command = [sys.executable, "-c", code, tmp_path / "bomb.png"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [reason for reason, _ in lines] == ["image_broken"] * 2 and all(int(kb) < 20_000 for _, kb in lines)
+    assert [reason for reason, _ in lines] == ["image_broken"] * 3 and all(int(kb) < 20_000 for _, kb in lines)
 
 
 def test_a_bomb_that_is_a_picture_decodes():

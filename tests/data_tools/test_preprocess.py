@@ -220,6 +220,18 @@ def test_faults_are_skipped_counted_and_listed_and_end_the_run_above_max_bad(scr
     assert [path.name for path in Path(inputs["output"]).parent.glob("other*")] == ["other.skipped.jsonl"]
 
 
+def test_pictures_that_are_checked_are_not_decoded_again(script, inputs):
+    picture = (inputs["image_dir"] / "1.jpg").read_bytes()
+    for name, content in (("truncated", picture[:-200]), ("page", b"<html>404</html>")):
+        (inputs["image_dir"] / f"{name}.jpg").write_bytes(content)
+    items = [{"image": f"{name}.jpg", "conversations": TURNS} for name in ("1", "truncated", "page")]
+    inputs["input"][0].write_text(json.dumps(items))
+    script.main(script.Options(**(inputs | {"max_bad": 0.5, "pictures_are_checked": True})))
+    reader = Reader(inputs["output"])
+    assert [reader.image(i, 0) for i in range(len(reader))] == [picture, picture[:-200]]
+    assert reader.info["skipped"] == {"image_broken": 1}
+
+
 def test_command_line_ends_with_a_message_and_a_status(inputs):
     options = [
         f"--{name.replace('_', '-')}={value}" for name, value in inputs.items() if name not in ("max_bad", "input")

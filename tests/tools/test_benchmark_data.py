@@ -33,5 +33,6 @@ def test_every_ratio_is_measured(benchmark, tmp_path, capsys):
     ratios = [of[name] for of in found["images"].values() for name in of if "against" in name]
     assert len(ratios) == 3 * 4
     ratios += [of[name] for of in found["preprocess"].values() for name in ("against_slower", "against_checked")]
+    ratios.append(found["preprocess"]["text and pictures"]["unchecked_against_slower"])
     assert all(0 < ratio["min"] <= ratio["median"] <= ratio["max"] for ratio in ratios)
     assert "opening 1,000,000 samples" in capsys.readouterr().out
