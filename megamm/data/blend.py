@@ -103,6 +103,8 @@ def write_blend(prefix: str | Path, readers: Sequence[Reader], counts: Sequence[
 
 def open_reader(prefix: str | Path) -> "Reader | Blend":
     """The dataset or the blend that PREFIX.json describes. Raises DataError as these do."""
+    if (path := Path(prefix)).suffix in (".json", ".bin", ".idx") and path.exists():
+        raise DataError(f"{prefix}: a file of a dataset; give its prefix, {path.with_suffix('')}")
     try:
         content = json.loads(paths_of(prefix)[2].read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -200,3 +200,9 @@ def test_members_must_fit(readers, tmp_path):
         open_reader(tmp_path / "mix")
     with pytest.raises(DataError, match="mix.json: not readable as JSON"):
         Blend(tmp_path / "mix")
+
+
+@pytest.mark.parametrize("suffix", ["json", "bin", "idx"])
+def test_a_file_in_place_of_the_prefix_is_told(suffix, readers):
+    with pytest.raises(DataError, match=f"set1.{suffix}: a file of a dataset; give its prefix, .*set1$"):
+        open_reader(f"{readers[0].prefix}.{suffix}")
