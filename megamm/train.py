@@ -26,6 +26,7 @@ PATIENCE_S = 10.0
 
 def main(argv: Sequence[str]) -> int:
     """Train, or print the dry run; the exit status. A MegammError is printed once, without a traceback."""
+    groups.end_with_torchrun()
     try:
         config, options = parse(argv)
         world_size = groups.world_size()
