@@ -152,6 +152,8 @@ def _preprocess(options: Options, pool: Pool) -> None:
 def _check(options: Options) -> None:
     if not 0 <= options.max_bad <= 1:
         raise DataError(f"--max-bad: {options.max_bad} is no share; give a number from 0 to 1")
+    if not options.output or options.output.endswith("/"):
+        raise DataError(f"--output: {options.output!r} names no file; give a prefix, such as data/train")
     for name, value, most in (
         ("max-tokens", options.max_tokens, None),
         ("image-tokens", options.image_tokens, None),

@@ -3,6 +3,7 @@
 Recipe and overrides -> checks -> backend -> groups -> loop. No training logic here.
 """
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megamm import backend
-from megamm.config.frozen import TEXT_WAY, num_frozen_layers
+from megamm.config.frozen import TEXT_WAY, is_frozen, num_frozen_layers
 from megamm.config.load import parse
 from megamm.config.schema import Config
 from megamm.errors import MegammError
@@ -26,6 +27,7 @@ PATIENCE_S = 10.0
 
 def main(argv: Sequence[str]) -> int:
     """Train, or print the dry run; the exit status. A MegammError is printed once, without a traceback."""
+    groups.end_with_torchrun()
     try:
         config, options = parse(argv)
         world_size = groups.world_size()
@@ -87,8 +89,10 @@ def show(config: Config, found: Plan, world_size: int) -> None:
         if part == "llm" and TEXT_WAY in config.train.freeze:
             trained = "the visual way"
         parts.add_row(part, f"{number:,}", trained)
-    for guest in dict.fromkeys(guest for unit in found.units for guest in unit.guests):
-        parts.add_row(guest, "among these", "frozen" if guest in config.train.freeze else "yes")
+    guests = dict.fromkeys(guest for unit in found.units for guest in unit.guests)
+    for frozen, trained in ((True, "frozen"), (False, "yes")):
+        for name in _runs([guest for guest in guests if is_frozen(guest, config.train.freeze) == frozen]):
+            parts.add_row(name, "among these", trained)
     parts.add_row("all", f"{sum(unit.parameters for unit in found.units):,}", "")
     console.print(parts)
     accumulate = config.train.global_batch // (config.train.micro_batch * found.dp)
@@ -132,14 +136,16 @@ def memory_bytes(config: Config, found: Plan, stage_number: int) -> float:
 
 def _runs(names: list[str]) -> list[str]:
     """`vision.layer.3 vision.layer.4` -> `vision.layer.3-4`."""
-    out: list[list[str]] = []
+    out: list[tuple[str, str, str, str]] = []
     for name in names:
-        head, _, number = name.rpartition(".")
-        if number.isdigit() and out and out[-1][0] == head:
-            out[-1][2] = number
-        else:
-            out.append([head, number, number] if number.isdigit() else [name, "", ""])
-    return [head if not a else f"{head}.{a}" if a == b else f"{head}.{a}-{b}" for head, a, b in out]
+        found = re.fullmatch(r"(\D*)(\d*)(.*)", name)
+        assert found is not None  # whatever the name
+        before, number, behind = found.groups()
+        first = number
+        if out and number and out[-1] == (before, out[-1][1], str(int(number) - 1), behind):
+            first = out.pop()[1]
+        out.append((before, first, number, behind))
+    return [f"{a}{first}{b}" if first == last else f"{a}{first}-{last}{b}" for a, first, last, b in out]
 
 
 if __name__ == "__main__":

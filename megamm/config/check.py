@@ -118,7 +118,8 @@ def _layout_problems(config: Config, world_size: int) -> list[str]:
     if left_over or dp == 0:
         problems.append(
             f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} = {model_parallel} must divide the world size of "
-            f"{world_size} ranks: legal products are {', '.join(map(str, _divisors(world_size)))}"
+            f"{world_size} ranks: legal products are {', '.join(map(str, _divisors(world_size)))}; or start "
+            f"{model_parallel} ranks or a multiple, with torchrun --nproc-per-node {model_parallel} -m megamm.train ..."
         )
         return problems
     at_once = dp * train.micro_batch

@@ -39,8 +39,6 @@ class Options:
 class _CommandLine:
     """Train a multimodal language model."""
 
-    recipe: tyro.conf.Positional[str]
-    """A recipe, or the recipe.json of an earlier run."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print units per stage, parameters, a memory estimate and samples per step, and exit."""
@@ -59,12 +57,12 @@ def parse(argv: Sequence[str]) -> tuple[Config, Options]:
         raise MegammError(f"the recipe comes first: {USAGE}")
     found = tyro.cli(
         _CommandLine,
-        prog="python -m megamm.train",
-        args=list(argv),
-        default=_CommandLine(recipe=argv[0], config=load_recipe(argv[0])),
+        prog=f"python -m megamm.train {argv[0]}",
+        args=list(argv[1:]),
+        default=_CommandLine(config=load_recipe(argv[0])),
         console_outputs=os.environ.get("RANK", "0") == "0",
     )
-    return found.config, Options(recipe=found.recipe, dry_run=found.dry_run)
+    return found.config, Options(recipe=argv[0], dry_run=found.dry_run)
 
 
 def load_recipe(path: str | Path) -> Config:

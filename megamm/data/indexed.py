@@ -289,7 +289,10 @@ def _read_info(path: Path) -> dict[str, Any]:
     try:
         info = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f"{path}: not found; without it a dataset is not whole. Preprocess (again)") from None
+        raise DataError(
+            f"{path}: not found; without it a dataset is not whole. Preprocess (again), or give the "
+            "prefix that was its --output"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}); preprocess again") from error
     version = info.get("format_version") if isinstance(info, dict) else None

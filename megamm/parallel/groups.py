@@ -1,6 +1,8 @@
 """Process groups: from a `Parallel` and the ranks that torchrun started to megatron-core's groups and their names."""
 
 import os
+import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -41,6 +43,22 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this process is the one that speaks for the run; known before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def end_with_torchrun() -> None:
+    """From now on, end this process within a second of the torchrun that started it. Without torchrun nothing happens.
+
+    A torchrun that is ended by kill -9 tells its ranks nothing. They would train on, and write into the checkpoints of
+    the run that is started in their place.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_without(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def start_distributed(timeout_s: float = 1800.0) -> None:

@@ -262,7 +262,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
+        raise CheckpointError(f"{path} is missing; give the directory of a Hugging Face checkpoint") from error
     except ValueError as error:  # JSON and UTF-8 errors both are ValueErrors
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):

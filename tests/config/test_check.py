@@ -72,6 +72,7 @@ def test_each_problem_is_told_with_what_is_legal(changes: dict[str, Any], expect
 def test_more_ranks_per_replica_than_there_are() -> None:
     (problem,) = find_problems(sound(), world_size=2)
     assert "parallel.tp=2 x parallel.pp=2 = 4 must divide the world size of 2 ranks: legal products are 1, 2" in problem
+    assert "torchrun --nproc-per-node 4 -m megamm.train" in problem
 
 
 def test_all_problems_are_told_at_once() -> None:

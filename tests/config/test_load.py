@@ -104,6 +104,7 @@ def test_help_lists_every_option_with_the_recipes_value(recipe: Path, capfd: pyt
         parse([str(recipe), "--help"])
     assert stop.value.code == 0
     text = capfd.readouterr().out
+    assert f"usage: python -m megamm.train {recipe}" in text  # which every message on a wrong option refers to
     assert "--train.global-batch INT" in text
     assert "(default: 8)" in text
 

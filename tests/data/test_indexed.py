@@ -134,7 +134,7 @@ def test_death_between_the_renames_leaves_nothing_that_opens(renames, tmp_path, 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(DataError, match="power cut"):
         write(tmp_path / "set", DOCUMENTS[:1])
-    with pytest.raises(DataError, match="set.json: not found; without it a dataset is not whole"):
+    with pytest.raises(DataError, match="set.json: not found; without it a dataset is not whole.*give the prefix"):
         Reader(tmp_path / "set")
 
 

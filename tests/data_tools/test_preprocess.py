@@ -112,6 +112,7 @@ def test_nothing_usable_is_an_error_at_any_max_bad(content, message, script, inp
         ({"image_dir": Path("absent")}, "absent: no such directory"),
         ({"input": (Path("absent.json"),)}, "absent.json: no such file"),
         ({"max_bad": 1.5}, "--max-bad: 1.5 is no share"),
+        ({"output": "out/set/"}, "--output: 'out/set/' names no file; give a prefix"),
         ({"max_side": 0}, "--max-side: 0; give a number from 1 on"),
         ({"reencode": 101}, "--reencode: 101; give a number from 1 to 100"),
         ({"prompt_style": "vqa"}, "--prompt-style: unknown 'vqa'"),

@@ -1,6 +1,7 @@
 """The mPLUG-Owl2 recipes: published sizes and numbers, and the way from weights and conversations to an export."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def test_a_dry_run_needs_no_weights(recipe: str, tmp_path: Path, monkeypatch: py
     assert dry_run(FOLDER / recipe, tmp_path, monkeypatch) == 0
     out = capsys.readouterr().out
     assert "8 ranks" in out and ("the visual way" in out) == (recipe == "pretrain.py")
+
+
+@pytest.mark.parametrize(
+    ("freeze", "expected"),
+    [
+        (["llm"], [("0-31", "frozen")]),
+        (["llm.text"], [("0-31", "yes")]),
+        (["llm[:1]"], [("0", "frozen"), ("1-31", "yes")]),
+    ],
+)
+def test_a_dry_run_says_what_of_the_visual_way_is_trained(freeze, expected, tmp_path, monkeypatch, capsys) -> None:
+    assert dry_run(FOLDER / "sft.py", tmp_path, monkeypatch, "--train.freeze", *freeze) == 0
+    found = re.findall(r"llm\.layer\.(\S+)\.visual .*among these .* (frozen|yes) ", capsys.readouterr().out)
+    assert found == expected
 
 
 @pytest.mark.slow

@@ -119,6 +119,13 @@ def test_what_cannot_travel_is_an_error_not_a_hang() -> None:
             pool.run(environment, ranks=2)
 
 
+def ends(pid: int) -> bool:
+    deadline = time.monotonic() + 30.0
+    while exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not exists(pid)
+
+
 def test_ranks_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
@@ -132,8 +139,20 @@ def test_ranks_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.run([sys.executable, script], env=environment, stdout=subprocess.PIPE, check=False)
     assert parent.returncode == -signal.SIGKILL
-    pid = int(parent.stdout)
-    deadline = time.monotonic() + 30.0
-    while exists(pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not exists(pid)
+    assert ends(int(parent.stdout))
+
+
+def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path: Path) -> None:
+    script, pid = tmp_path / "rank.py", tmp_path / "pid"
+    script.write_text(
+        "import os, pathlib, signal, time\n"
+        "from megamm.parallel import groups\n"
+        "groups.end_with_torchrun()\n"
+        f"pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
+        "os.kill(os.getppid(), signal.SIGKILL)\n"
+        "time.sleep(600)\n"
+    )
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    assert subprocess.run([*torchrun, script], env=environment, check=False).returncode == -signal.SIGKILL
+    assert ends(int(pid.read_text()))

@@ -254,7 +254,9 @@ def test_a_directory_without_or_with_two_sets_of_weights_is_refused(tmp_path):
         HfSource(tmp_path)
 
 
-@pytest.mark.parametrize("text, message", [(None, "is missing"), ("{", "not JSON"), ("[]", "not a JSON object")])
+@pytest.mark.parametrize(
+    "text, message", [(None, "missing; give the dir"), ("{", "not JSON"), ("[]", "not a JSON object")]
+)
 def test_a_broken_config_is_refused_by_name(tmp_path, text, message):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
