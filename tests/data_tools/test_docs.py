@@ -19,7 +19,7 @@ def commands(page):
         yield Path(words[at]).stem, words[at + 1 :]
 
 
-@pytest.mark.parametrize(("page", "scripts"), [("docs/data.md", 5), ("README.md", 4)])
+@pytest.mark.parametrize(("page", "scripts"), [("docs/data.md", 6), ("README.md", 5)])
 def test_commands_parse(page, scripts, load_script):
     found = list(commands(page))
     assert len(found) == scripts
