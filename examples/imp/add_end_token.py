@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from megamm.errors import MegammError
 from megamm.weights.hf import new_directory
 
 END, PAD = "</s>", "<|endoftext|>"
@@ -32,4 +33,9 @@ def main(llm: Path, output: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("error: give the directory of Phi-2 and that to write")
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if not (Path(sys.argv[1]) / "config.json").is_file():
+        sys.exit(f"error: {sys.argv[1]}/config.json is missing; give the directory of Phi-2")
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (MegammError, OSError) as error:
+        sys.exit(f"error: {error}")

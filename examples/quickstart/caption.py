@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.logging import disable_progress_bar
 
 
 @torch.inference_mode()
@@ -91,4 +92,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart/captions.json"))
     parser.add_argument("--batch-size", type=int, default=40)
     options = parser.parse_args()
+    for path in (options.model / "config.json", options.data / "heldout.json"):
+        if not path.is_file():  # transformers would look for the model on the network
+            parser.error(f"{path}: no such file; give --model an export and --data what draw.py drew")
+    disable_progress_bar()
     main(options.model, options.family, options.data, options.output, options.batch_size)

@@ -23,6 +23,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart/hf"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if not options.data.is_file():
+        parser.error(f"--data {options.data}: no such file; draw.py writes it")
     disable_progress_bar()
     if options.family == "llava":
         tiny_llava(options.output, texts=texts(options.data), seed=options.seed)

@@ -44,7 +44,7 @@ def report(log: Path, captions: Path, output: Path) -> None:
         for spine in panel.spines.values():
             spine.set(color=colour, linewidth=3)
         mark = "right" if result["right"] else f"wrong, it is\n{result['expected']}"
-        note = "never trained on" if result["unseen"] else "trained on"
+        note = "combination never trained on" if result["unseen"] else "combination trained on"
         panel.set_title(result["said"].replace(" at ", "\nat "), fontsize=11, color=colour)
         panel.set_xlabel(f"{mark}\n({note})\n", fontsize=8)
 
@@ -62,4 +62,7 @@ if __name__ == "__main__":
     parser.add_argument("--captions", type=Path, default=Path("runs/quickstart/captions.json"))
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart/report.png"))
     options = parser.parse_args()
+    for path, writer in ((options.log, "the training"), (options.captions, "caption.py")):
+        if not path.is_file():
+            parser.error(f"{path}: no such file; {writer} writes it")
     report(options.log, options.captions, options.output)

@@ -1,8 +1,11 @@
 """The parts of the quickstart that need no training run: data, model, prompt, captions, report, command lines."""
 
 import json
+import os
 import random
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +191,21 @@ def test_every_command_starts_a_script_that_exists(tmp_path: Path) -> None:
     for step in ("step_00000009", "step_00000010"):
         (tmp_path / "train" / step).mkdir(parents=True)
     assert run.newest("a train/STEP b", tmp_path) == "a train/step_00000010 b"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["quickstart/make_model.py", "--data", "absent"],
+        ["quickstart/caption.py", "--model", "absent"],
+        ["quickstart/report.py", "--log", "absent"],
+        ["imp/add_end_token.py", "absent", "output"],
+    ],
+)
+def test_a_wrong_path_is_one_message(words: list[str], tmp_path: Path) -> None:
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "examples" / words[0], *words[1:]]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1 and "absent" in done.stderr
+    assert not any(tmp_path.iterdir())
