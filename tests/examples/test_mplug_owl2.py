@@ -62,8 +62,7 @@ def test_a_dry_run_says_what_of_the_visual_way_is_trained(freeze, expected, tmp_
 def test_the_whole_way_from_weights_and_conversations_to_an_export(tmp_path: Path) -> None:
     """Two steps of each stage, tiny: the visual way is trained twice, the text way in the second stage only."""
     inputs = recipes.write_inputs(tmp_path, recipes.save_llama, recipes.save_clip)
-    options = ("--image-size", "56", "--", *recipes.short(max_tokens=256))
-    done = run("mplug_owl2", inputs, *options)
+    done = run("mplug_owl2", inputs, "--image-size", "56", "--", *recipes.short(max_tokens=256))
     assert done.returncode == 0, done.stderr
     assert [recipes.num_steps(inputs, stage) for stage in ("pretrain", "sft")] == [2, 2]
     found = load_file(inputs["output"] / "export/model.safetensors")
@@ -73,8 +72,6 @@ def test_the_whole_way_from_weights_and_conversations_to_an_export(tmp_path: Pat
     assert 0 < text < visual
     positions = found["model.vision_model.embeddings.position_embedding"]
     assert positions.shape == (1, 1 + 4 * 4, 32), "the second stage sees larger pictures"
-    again = run("mplug_owl2", inputs, *options)
-    assert again.returncode == 0 and "nothing to do" in again.stderr
 
 
 def test_run_refuses_an_option_that_it_does_not_have(tmp_path: Path) -> None:
