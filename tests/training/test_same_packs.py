@@ -1,22 +1,26 @@
 import numpy as np
 import pytest
+import torch.distributed as dist
 
+from megamm import backend
 from megamm.data.packing import pack
 from megamm.errors import DataError
-from megamm.training import loop
+from megamm.parallel import groups
+from megamm.training.loop import check_same_packs
 
 
-@pytest.mark.parametrize("seed_of_other", [1, 2])
-def test_ranks_with_other_packs_are_told_before_the_first_step(seed_of_other, monkeypatch):
-    mine, other = (pack(np.arange(1, 60), 64, seed) for seed in (1, seed_of_other))
+def refusal(seeds: list[int]) -> str | None:
+    """What a rank is told that packed with the seed of its number; None: nothing."""
+    backend.start("cpu")
+    groups.start_distributed()
+    try:
+        check_same_packs(pack(np.arange(1, 60), 64, seeds[dist.get_rank()]))
+    except DataError as error:
+        return str(error)
+    return None
 
-    def gather(digests: list, digest: str) -> None:
-        digests[:] = [digest, other.digest]
 
-    monkeypatch.setattr(loop.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(loop.dist, "all_gather_object", gather)
-    if seed_of_other == 1:
-        loop.check_same_packs(mine)
-        return
-    with pytest.raises(DataError, match="ranks found other packs beside data.path"):
-        loop.check_same_packs(mine)
+@pytest.mark.parametrize(("seeds", "is_refused"), [([1, 1], False), ([1, 2], True)])
+def test_ranks_with_other_packs_are_told_before_the_first_step(seeds, is_refused, pool):
+    for told in pool.run(refusal, seeds, ranks=2):
+        assert told is None if not is_refused else "ranks found other packs beside data.path" in told
